@@ -1,0 +1,1 @@
+"""The CoDE detector: preprocessing, encoder, heads, bundles, backends and batching."""

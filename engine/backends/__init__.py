@@ -1,0 +1,1 @@
+"""What runs the encoder and heads on a device."""

@@ -1,0 +1,1 @@
+"""Training: encoder, heads, calibration, evaluation, promotion."""

@@ -1,0 +1,1 @@
+"""The Kafka worker: from an image-upload event to a verdict."""
