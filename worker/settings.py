@@ -36,21 +36,15 @@ class _Group(BaseModel):
 class KafkaSettings(_Group):
     """The bus."""
 
-    bootstrap_servers: CommaSeparated = Field(
-        ("localhost:9092",), min_length=1, description="host:port, comma-separated"
-    )
+    bootstrap_servers: CommaSeparated = Field(("localhost:9092",), min_length=1, description="host:port, comma-separated")
     group_id: str = Field("code-worker", min_length=1, description="consumer group")
-    group_instance_id: str | None = Field(
-        None, description="static membership: a name that outlives a restart (the pod's)"
-    )
+    group_instance_id: str | None = Field(None, description="static membership: a name that outlives a restart (the pod's)")
     upload_topics: CommaSeparated = Field(
         ("image.uploads",), min_length=1, description="topics of upload events, comma-separated"
     )
     verdict_topic: str = Field("image.verdicts", min_length=1, description="where verdicts go")
     retry_topic: str = Field("image.uploads.retry", min_length=1, description="where transient failures wait")
-    dead_letter_topic: str = Field(
-        "image.uploads.dead", min_length=1, description="where events go that cannot be scored"
-    )
+    dead_letter_topic: str = Field("image.uploads.dead", min_length=1, description="where events go that cannot be scored")
     label_topic: str = Field(
         "image.labels", min_length=1, description="human decisions, written by the console, read by training"
     )
@@ -71,21 +65,13 @@ class KafkaSettings(_Group):
     ssl_keyfile: Path | None = Field(None, description="PEM file of the client's key")
     ssl_check_hostname: bool = Field(True, description="compare the broker's certificate with its host name")
     auto_offset_reset: Literal["earliest", "latest"] = Field("earliest", description="where a new group begins")
-    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
-        "lz4", description="of what the worker produces"
-    )
-    max_poll_interval_ms: int = Field(
-        300_000, ge=1_000, description="longest silence before the group expels this member"
-    )
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("lz4", description="of what the worker produces")
+    max_poll_interval_ms: int = Field(300_000, ge=1_000, description="longest silence before the group expels this member")
     session_timeout_ms: int = Field(45_000, ge=1_000, description="longest silence of the heartbeat")
     request_timeout_ms: int = Field(30_000, ge=1_000, description="longest wait for one broker answer")
     max_in_flight: int = Field(256, ge=1, description="events between read and verdict")
-    max_in_flight_bytes: int = Field(
-        256 * 2**20, ge=2**20, description="bytes of events and images between read and verdict"
-    )
-    max_offset_span: int = Field(
-        10_000, ge=1, description="per partition: furthest read offset ahead of the committed one"
-    )
+    max_in_flight_bytes: int = Field(256 * 2**20, ge=2**20, description="bytes of events and images between read and verdict")
+    max_offset_span: int = Field(10_000, ge=1, description="per partition: furthest read offset ahead of the committed one")
     max_record_bytes: int = Field(
         32 * 2**20, ge=2**16, description="largest record read or produced; the brokers' limit should match"
     )
@@ -115,9 +101,7 @@ class EngineSettings(_Group):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     head: Literal["linear", "knn", "ocsvm"] = Field("linear", description="the head whose score decides")
-    crops: Literal["center", "five"] = Field(
-        "center", description="crops a frame: the centre, or the centre and the corners"
-    )
+    crops: Literal["center", "five"] = Field("center", description="crops a frame: the centre, or the centre and the corners")
     threads: int = Field(0, ge=0, description="CPU threads of the backend; 0: one per core")
     plan_cache: Path | None = Field(
         None, description="folder of compiled plans, shared by replicas; none: the user's cache folder"
@@ -135,9 +119,7 @@ class BatchSettings(_Group):
     )
     max_queue_delay_microseconds: int = Field(5_000, ge=0, description="longest wait of the first crop for company")
     max_queue_size: int = Field(4_096, ge=1, description="crops that may wait")
-    priority_levels: int = Field(
-        2, ge=1, le=16, description="0 is the most urgent; larger priorities count as the last level"
-    )
+    priority_levels: int = Field(2, ge=1, le=16, description="0 is the most urgent; larger priorities count as the last level")
 
     @property
     def preferred_sizes(self) -> tuple[int, ...]:
@@ -149,9 +131,7 @@ class BatchSettings(_Group):
     def _preferred_within_maximum(self) -> BatchSettings:
         wrong = [size for size in self.preferred_batch_size if not 1 <= size <= self.max_batch_size]
         if wrong:
-            raise ValueError(
-                f"preferred_batch_size {wrong} must lie between 1 and max_batch_size {self.max_batch_size}"
-            )
+            raise ValueError(f"preferred_batch_size {wrong} must lie between 1 and max_batch_size {self.max_batch_size}")
         return self
 
 
@@ -162,19 +142,13 @@ class FetchSettings(_Group):
     timeout_s: float = Field(10.0, gt=0, description="longest time for one fetch, redirects included")
     concurrency: int = Field(16, ge=1, description="fetches at a time")
     attempts: int = Field(5, ge=1, description="tries before the dead letter, the first one included")
-    retry_delay_s: float = Field(
-        2.0, gt=0, description="first delay in the retry topic; each next one is four times as long"
-    )
+    retry_delay_s: float = Field(2.0, gt=0, description="first delay in the retry topic; each next one is four times as long")
     retry_delay_max_s: float = Field(300.0, gt=0, description="longest delay in the retry topic")
-    allowed_hosts: CommaSeparated = Field(
-        (), description="host names, *.example.org for subdomains; empty: any public host"
-    )
+    allowed_hosts: CommaSeparated = Field((), description="host names, *.example.org for subdomains; empty: any public host")
     allowed_buckets: CommaSeparated = Field(
         (), description="s3 and gs buckets; empty: any that the worker's credentials can read"
     )
-    file_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (), description="folders for file URLs; empty: no file URLs"
-    )
+    file_roots: Annotated[tuple[Path, ...], NoDecode] = Field((), description="folders for file URLs; empty: no file URLs")
     allow_private_addresses: bool = Field(False, description="allow loopback, private and link-local addresses")
 
 
@@ -185,9 +159,7 @@ class DecodeSettings(_Group):
     max_frames: int = Field(4, ge=1, le=64, description="frames of an animation that are scored")
     timeout_s: float = Field(10.0, gt=0, description="longest time to decode one image")
     processes: int = Field(2, ge=0, description="decoder processes; 0: in threads, for trusted images only")
-    max_memory_bytes: int = Field(
-        1536 * 2**20, ge=2**27, description="address space of a decoder process above its start"
-    )
+    max_memory_bytes: int = Field(1536 * 2**20, ge=2**27, description="address space of a decoder process above its start")
 
 
 class PolicySettings(_Group):
@@ -262,9 +234,7 @@ class Settings(BaseSettings):
             raise ValueError(f"kafka.sasl_mechanism is required with security_protocol {self.kafka.security_protocol}")
         needs_password = self.kafka.sasl_mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
         if needs_password and not (self.kafka.sasl_username and self.kafka.sasl_password):
-            raise ValueError(
-                f"kafka.sasl_username and kafka.sasl_password are required with {self.kafka.sasl_mechanism}"
-            )
+            raise ValueError(f"kafka.sasl_username and kafka.sasl_password are required with {self.kafka.sasl_mechanism}")
         topics = [
             *self.kafka.upload_topics,
             self.kafka.verdict_topic,
