@@ -17,6 +17,10 @@ class Clock(Protocol):
         """POSIX seconds."""
         ...
 
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        ...
+
 
 class SystemClock:
     """The machine's clocks."""
@@ -28,6 +32,10 @@ class SystemClock:
     def time(self) -> float:
         """POSIX seconds."""
         return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
 
 
 class Deadline:

@@ -49,7 +49,14 @@ class ItemError(WorkerError):
 
 
 class TransientItemError(ItemError):
-    """One event failed for now and may succeed later (`fetch.timeout`, `fetch.unavailable`)."""
+    """One event failed for now and may succeed later (`fetch.timeout`, `fetch.unavailable`).
+
+    `retry_after_s` is the host's own hint (HTTP Retry-After), in seconds.
+    """
+
+    def __init__(self, code: Code, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(code, message)
+        self.retry_after_s = retry_after_s
 
 
 class StaleItemError(WorkerError):
