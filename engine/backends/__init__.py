@@ -1,1 +1,94 @@
-"""What runs the encoder and heads on a device."""
+"""The backends by name, and which of them runs here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from engine.backends.base import Backend, BackendUnavailable
+from engine.bundle import Bundle
+
+AUTO_ORDER = ("tensorrt", "tensorrt_rtx", "openvino", "torch")
+"""What `auto` tries, in this order."""
+
+_CLASSES = {
+    "tensorrt": ("engine.backends.tensorrt", "TensorRTBackend"),
+    "tensorrt_rtx": ("engine.backends.tensorrt", "TensorRTRTXBackend"),
+    "openvino": ("engine.backends.openvino", "OpenVINOBackend"),
+    "torch": ("engine.backends.torch_backend", "TorchBackend"),
+    "null": ("engine.backends.null", "NullBackend"),  # tests and benchmarks of the worker; never by auto
+}
+
+
+def create(name: str = "auto", device: str = "auto", threads: int = 0, **options: Any) -> Backend:
+    """A backend that can run here, not loaded yet.
+
+    Args:
+        name: a backend's name, or auto for the first of `AUTO_ORDER` whose packages and device are there.
+        device: auto, cpu, cuda or cuda:N.
+        threads: CPU threads; 0: one per usable core.
+        options: further keyword arguments of the backend's class, for callers that name it (`precision`, `plan_cache`);
+            with auto, each backend takes those it knows.
+
+    Raises:
+        BackendUnavailable: none can; the message says of each why.
+        ValueError: unknown name or device.
+    """
+    refused: list[str] = []
+    for backend in _candidates(name, device, threads, options, refused):
+        return backend
+    raise BackendUnavailable(_none_runs(name, device, refused))
+
+
+def load_first(bundle: Bundle, name: str = "auto", device: str = "auto", threads: int = 0, **options: Any) -> Backend:
+    """Like `create`, and loads the bundle; with auto, goes on to the next backend where one cannot run this bundle.
+
+    Raises:
+        BackendUnavailable, ValueError: as `create`.
+        OutOfDeviceMemory, DeviceError: from loading.
+    """
+    refused: list[str] = []
+    for backend in _candidates(name, device, threads, options, refused):
+        try:
+            backend.load(bundle)
+        except BackendUnavailable as error:
+            refused.append(f"{backend.name}: {error}")
+        else:
+            return backend
+    raise BackendUnavailable(_none_runs(name, device, refused))
+
+
+def _candidates(name: str, device: str, threads: int, options: dict[str, Any], refused: list[str]) -> Iterator[Backend]:
+    """Each backend of `name` whose constructor accepts this machine; why the others do not goes to `refused`."""
+    if name != "auto" and name not in _CLASSES:
+        raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(AUTO_ORDER)}")
+    kind, _, index = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
+        raise ValueError(f"unknown device {device!r}; known are auto, cpu, cuda and cuda:N")
+    for candidate in AUTO_ORDER if name == "auto" else (name,):
+        try:
+            backend = _construct(candidate, device, threads, options, strict=name != "auto")
+        except BackendUnavailable as error:
+            refused.append(f"{candidate}: {error}")
+        else:
+            yield backend
+
+
+def _construct(name: str, device: str, threads: int, options: dict[str, Any], strict: bool) -> Backend:
+    module_name, class_name = _CLASSES[name]
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise BackendUnavailable(f"its package is not installed ({error})") from error
+    known = getattr(cls, "OPTIONS", ())
+    unknown = sorted(set(options) - set(known))
+    if unknown and strict:
+        raise ValueError(f"backend {name} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    backend: Backend = cls(device, threads, **{key: value for key, value in options.items() if key in known})
+    return backend
+
+
+def _none_runs(name: str, device: str, refused: list[str]) -> str:
+    asked = "no backend runs here" if name == "auto" else f"backend {name} does not run here"
+    return f"{asked} (device {device}): {'; '.join(refused)}"

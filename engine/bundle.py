@@ -1,0 +1,449 @@
+"""A model bundle on disk: resolve, load, write, publish.
+
+    versions/                 `resolve` reads CURRENT: one line, the name of a version's folder beside it
+    ├── CURRENT
+    └── 2025.11.1/            a bundle
+        ├── manifest.json         engine/manifest.py; the bundle's digest is the SHA-256 of these bytes
+        ├── encoder.safetensors   timm's names; float32 or float16, float32 in memory
+        ├── heads.safetensors     linear.*, knn.*, svm.*
+        └── MODEL_CARD.md
+
+Nothing in it is executable. Every file is read once, bounded, and its digest is that of the bytes that are parsed. A written
+bundle never changes: a new model is a new version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as serialize_safetensors
+
+from engine.calibration import Calibration
+from engine.heads import EMBEDDING_DIM, Head, Heads, HeadsError
+from engine.manifest import (
+    ENCODER_FILE,
+    FORMAT,
+    HEADS_FILE,
+    MANIFEST_FILE,
+    MODEL_CARD_FILE,
+    Band,
+    EncoderPart,
+    FileRef,
+    HeadsPart,
+    KnnFacts,
+    LinearFacts,
+    Manifest,
+    OcsvmFacts,
+    Parent,
+    PreprocessPart,
+    Reference,
+    Threshold,
+    is_plain_name,
+)
+from engine.preprocess import Preprocess
+
+CURRENT_FILE = "CURRENT"
+
+MAX_MANIFEST_BYTES = 8 * 2**20
+MAX_ENCODER_BYTES = 128 * 2**20
+MAX_HEADS_BYTES = 512 * 2**20
+MAX_MODEL_CARD_BYTES = 4 * 2**20
+
+_TENSORS = {
+    "linear_weight": "linear.weight",
+    "linear_bias": "linear.bias",
+    "knn_gallery": "knn.gallery",
+    "knn_labels": "knn.labels",
+    "svm_vectors": "svm.vectors",
+    "svm_dual": "svm.dual",
+    "svm_intercept": "svm.intercept",
+}
+_KNN_IDS = "knn.ids"
+
+
+class BundleError(Exception):
+    """A bundle cannot be read or written; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bundle:
+    """A verified bundle in memory.
+
+    `encoder`: float32 arrays by timm's names, shapes of `encoder_shapes()`; `digest`: hex SHA-256 of the manifest's bytes,
+    which hold the digests of all other files; `path`: the folder it was read from.
+    """
+
+    manifest: Manifest
+    encoder: dict[str, NDArray[np.float32]]
+    heads: Heads
+    digest: str
+    path: Path
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Crop, mean and std of this model."""
+        return self.manifest.preprocess.value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draft:
+    """Everything of a bundle but the file digests, which `write` computes. Fields as in `Manifest`.
+
+    `encoder`: float32 (or float16, to halve the file) by timm's names. `linear_c` and `svm_nu` are facts of the fit, for readers.
+    """
+
+    name: str
+    version: str
+    encoder: Mapping[str, NDArray[Any]]
+    heads: Heads
+    calibration: Mapping[Head, Calibration]
+    layer_norm_eps: float
+    model_card: str
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    thresholds: Mapping[Head, Mapping[str, Threshold]] = field(default_factory=dict)
+    abstain: Mapping[Head, Band] = field(default_factory=dict)
+    reference: Reference | None = None
+    metrics: Mapping[str, JsonValue] = field(default_factory=dict)
+    parents: tuple[Parent, ...] = ()
+    linear_c: float | None = None
+    svm_nu: float | None = None
+    created_at: datetime | None = None
+    """Timezone-aware; None: now."""
+
+
+def encoder_shapes() -> dict[str, tuple[int, ...]]:
+    """Names (timm's) and shapes of vit_tiny_patch16_224 without a classifier: 5,524,416 parameters."""
+    dim, mlp = EMBEDDING_DIM, 4 * EMBEDDING_DIM
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, 197, dim),
+        "patch_embed.proj.weight": (dim, 3, 16, 16),
+        "patch_embed.proj.bias": (dim,),
+    }
+    for block in range(12):
+        for name, shape in {
+            "norm1": (dim,),
+            "attn.qkv": (3 * dim, dim),
+            "attn.proj": (dim, dim),
+            "norm2": (dim,),
+            "mlp.fc1": (mlp, dim),
+            "mlp.fc2": (dim, mlp),
+        }.items():
+            shapes[f"blocks.{block}.{name}.weight"] = shape
+            shapes[f"blocks.{block}.{name}.bias"] = shape[:1]
+    shapes["norm.weight"] = shapes["norm.bias"] = (dim,)
+    return shapes
+
+
+def resolve(path: Path | str) -> Path:
+    """The folder of the bundle that `path` means: itself if it holds a manifest, else the version its CURRENT names.
+
+    Raises:
+        BundleError: no such folder, neither file in it, or CURRENT names no bundle beside it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; a model bundle is a folder with {MANIFEST_FILE} or {CURRENT_FILE}")
+    if (folder / MANIFEST_FILE).exists():
+        return folder
+    pointer = folder / CURRENT_FILE
+    if not pointer.exists():
+        raise BundleError(f"{folder}: holds neither {MANIFEST_FILE} nor {CURRENT_FILE}, so it is no model bundle")
+    name = _read(folder, CURRENT_FILE, 1024).decode("utf-8", "replace").strip()
+    if not is_plain_name(name):
+        raise BundleError(f"{pointer}: must hold the name of a folder beside it, holds {name!r}")
+    version = folder / name
+    if not (version / MANIFEST_FILE).exists():
+        raise BundleError(f"{pointer}: names {name}, but there is no {version / MANIFEST_FILE}")
+    return version
+
+
+def load(path: Path | str) -> Bundle:
+    """Read and verify the bundle that `path` means (see `resolve`).
+
+    Raises:
+        BundleError: a missing, oversized or changed file, an unknown format, a tensor of a wrong name, shape or dtype, a
+            weight that is not finite, a file outside the folder. The message names the file.
+    """
+    folder = resolve(path)
+    raw = _read(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES)
+    manifest = _parse_manifest(folder / MANIFEST_FILE, raw)
+    encoder = _load_encoder(folder, manifest.encoder)
+    heads = _load_heads(folder, manifest.heads)
+    _read_verified(folder, manifest.model_card, MAX_MODEL_CARD_BYTES)
+    return Bundle(manifest, encoder, heads, hashlib.sha256(raw).hexdigest(), folder)
+
+
+def read_manifest(path: Path | str) -> tuple[Manifest, str]:
+    """The manifest of the bundle that `path` means and its digest, without reading the other files: cheap enough to poll.
+
+    Raises:
+        BundleError: as `load`, for the manifest alone.
+    """
+    folder = resolve(path)
+    raw = _read(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES)
+    return _parse_manifest(folder / MANIFEST_FILE, raw), hashlib.sha256(raw).hexdigest()
+
+
+def write(folder: Path | str, draft: Draft) -> Bundle:
+    """Write a new bundle as `folder`: staged beside it, read back and verified, then renamed, so never half written.
+
+    Raises:
+        BundleError: the folder exists already, the draft is no valid bundle, or the disk refuses.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise BundleError(f"{target}: exists already; a written bundle never changes, give the new one another version")
+    staged = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        staged.mkdir(parents=True)
+        for name, data in _files(target, draft).items():
+            _write_durably(staged / name, data)
+        bundle = load(staged)
+        _sync_folder(staged)
+        staged.rename(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise BundleError(f"{target}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Bundle(bundle.manifest, bundle.encoder, bundle.heads, bundle.digest, target)
+
+
+def publish(parent: Path | str, version: str) -> Path:
+    """Make `version` the one that `resolve(parent)` gives, in one atomic step, after verifying it.
+
+    Returns:
+        The folder of the version.
+
+    Raises:
+        BundleError: it is no valid bundle of that version, or the pointer cannot be written.
+    """
+    folder = Path(parent)
+    if not is_plain_name(version):
+        raise BundleError(f"{folder}: {version!r} is no plain name of a version's folder")
+    bundle = load(folder / version)
+    if bundle.path != folder / version or bundle.manifest.version != version:
+        raise BundleError(f"{bundle.path / MANIFEST_FILE}: is of version {bundle.manifest.version}, not {version}")
+    staged = folder / f".{CURRENT_FILE}.{secrets.token_hex(6)}.tmp"
+    try:
+        _write_durably(staged, f"{version}\n".encode())
+        staged.replace(folder / CURRENT_FILE)
+        _sync_folder(folder)
+    except OSError as error:
+        raise BundleError(f"{folder / CURRENT_FILE}: cannot be written: {error.strerror}") from error
+    finally:
+        staged.unlink(missing_ok=True)
+    return folder / version
+
+
+def _parse_manifest(file: Path, raw: bytes) -> Manifest:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        content = json.loads(raw, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: not valid JSON: {error}") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise BundleError(f"{file}: unknown format {found!r}; this version reads {FORMAT}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise BundleError(f"{file}: {_problems(error)}") from error
+
+
+def _problems(error: ValidationError) -> str:
+    details = error.errors(include_url=False, include_input=False)
+    lines = [f"{'.'.join(str(part) for part in d['loc']) or 'manifest'}: {d['msg']}" for d in details[:5]]
+    if len(details) > len(lines):
+        lines.append(f"and {len(details) - len(lines)} more")
+    return "; ".join(lines)
+
+
+def _load_encoder(folder: Path, part: EncoderPart) -> dict[str, NDArray[np.float32]]:
+    file = folder / part.file
+    tensors = _tensors(file, _read_verified(folder, part, MAX_ENCODER_BYTES))
+    shapes = encoder_shapes()
+    _same_names(file, set(tensors), set(shapes))
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype not in (np.float32, np.float16):
+            raise BundleError(f"{file}: {name}: expected float32 {list(shape)}, found {tensor.dtype} {list(tensor.shape)}")
+        if not np.isfinite(tensor).all():
+            raise BundleError(f"{file}: {name}: holds a value that is not finite")
+    parameters = sum(tensor.size for tensor in tensors.values())
+    if parameters != part.parameters:
+        raise BundleError(f"{file}: holds {parameters} parameters, the manifest says {part.parameters}")
+    return {name: tensors[name].astype(np.float32, copy=False) for name in shapes}
+
+
+def _load_heads(folder: Path, part: HeadsPart) -> Heads:
+    file = folder / part.file
+    tensors = _tensors(file, _read_verified(folder, part, MAX_HEADS_BYTES))
+    _same_names(file, set(tensors) - {_KNN_IDS}, set(_TENSORS.values()))
+    try:
+        heads = Heads(
+            **{field_name: tensors[name] for field_name, name in _TENSORS.items()},
+            svm_gamma=part.ocsvm.gamma,
+            svm_degree=part.ocsvm.degree,
+            svm_coef0=part.ocsvm.coef0,
+            knn_ids=_parse_ids(file, tensors.get(_KNN_IDS)),
+        )
+    except HeadsError as error:
+        tensor = _TENSORS.get(error.tensor, error.tensor.replace("_", "."))
+        raise BundleError(f"{file}: {tensor}: {str(error).partition(': ')[2]}") from error
+    fakes = int(heads.knn_labels.sum())
+    found = (fakes, len(heads.knn_labels) - fakes, len(heads.svm_dual))
+    said = (part.knn.fakes, part.knn.reals, part.ocsvm.support_vectors)
+    if found != said:
+        raise BundleError(f"{file}: holds (fakes, reals, support vectors) {found}, the manifest says {said}")
+    return heads
+
+
+def _parse_ids(file: Path, tensor: NDArray[Any] | None) -> tuple[str, ...] | None:
+    if tensor is None:
+        return None
+    try:
+        return tuple(tensor.astype(np.uint8, casting="equiv").tobytes().decode("utf-8").split("\n"))
+    except (UnicodeDecodeError, TypeError) as error:
+        raise BundleError(f"{file}: {_KNN_IDS}: expected UTF-8 lines as uint8: {error}") from error
+
+
+def _tensors(file: Path, data: bytes) -> dict[str, NDArray[Any]]:
+    try:
+        return dict(parse_safetensors(data))
+    # KeyError and TypeError: the numpy reader's answer to dtypes that numpy has not (bfloat16, float8).
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{file}: not a readable safetensors file: {error}") from error
+
+
+def _same_names(file: Path, found: set[str], expected: set[str]) -> None:
+    for word, names in (("missing", expected - found), ("unexpected", found - expected)):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise BundleError(f"{file}: {word} tensors: {shown}")
+
+
+def _read_verified(folder: Path, ref: FileRef, max_bytes: int) -> bytes:
+    data = _read(folder, ref.file, max_bytes)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != ref.sha256:
+        raise BundleError(f"{folder / ref.file}: its SHA-256 is {digest}, the manifest says {ref.sha256}")
+    return data
+
+
+def _read(folder: Path, name: str, max_bytes: int) -> bytes:
+    file = folder / name
+    try:
+        real = file.resolve(strict=True)
+        if not real.is_relative_to(folder.resolve()):
+            raise BundleError(f"{file}: leads out of its folder, to {real}")
+        # Non-blocking, so that a pipe in the place of a file is refused instead of waited for.
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise BundleError(f"{file}: not a regular file")
+            data = stream.read(max_bytes + 1)
+    except FileNotFoundError as error:
+        raise BundleError(f"{file}: missing") from error
+    except (OSError, RuntimeError) as error:
+        raise BundleError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > max_bytes:
+        raise BundleError(f"{file}: larger than {max_bytes} bytes")
+    return data
+
+
+def _files(target: Path, draft: Draft) -> dict[str, bytes]:
+    heads = {name: getattr(draft.heads, field_name) for field_name, name in _TENSORS.items()}
+    if draft.heads.knn_ids is not None:
+        if any("\n" in text for text in draft.heads.knn_ids):
+            raise BundleError(f"{target / HEADS_FILE}: {_KNN_IDS}: a name holds a line break")
+        heads[_KNN_IDS] = np.frombuffer("\n".join(draft.heads.knn_ids).encode(), np.uint8)
+    files = {
+        # Contiguous copies: the serialiser writes the memory as it lies, whatever the strides say.
+        ENCODER_FILE: serialize_safetensors({k: np.ascontiguousarray(v) for k, v in draft.encoder.items()}),
+        HEADS_FILE: serialize_safetensors({k: _contiguous(v) for k, v in heads.items()}),
+        MODEL_CARD_FILE: draft.model_card.encode(),
+    }
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    try:
+        manifest = _manifest(draft, digests)
+        text = json.dumps(manifest.model_dump(mode="json"), indent=2, allow_nan=False, ensure_ascii=False)
+    except ValidationError as error:
+        raise BundleError(f"{target / MANIFEST_FILE}: {_problems(error)}") from error
+    except ValueError as error:
+        raise BundleError(f"{target / MANIFEST_FILE}: a metric is not finite: {error}") from error
+    return {**files, MANIFEST_FILE: f"{text}\n".encode()}
+
+
+def _contiguous(array: NDArray[Any]) -> NDArray[Any]:
+    # ascontiguousarray would turn a scalar into a row of one.
+    return array if array.flags.c_contiguous else array.copy(order="C")
+
+
+def _manifest(draft: Draft, digests: Mapping[str, str]) -> Manifest:
+    fakes = int(draft.heads.knn_labels.sum())
+    return Manifest(
+        name=draft.name,
+        version=draft.version,
+        created_at=draft.created_at or datetime.now(UTC).replace(microsecond=0),
+        encoder=EncoderPart(
+            file=ENCODER_FILE,
+            sha256=digests[ENCODER_FILE],
+            layer_norm_eps=draft.layer_norm_eps,
+            parameters=sum(int(tensor.size) for tensor in draft.encoder.values()),
+        ),
+        heads=HeadsPart(
+            file=HEADS_FILE,
+            sha256=digests[HEADS_FILE],
+            linear=LinearFacts(c=draft.linear_c),
+            knn=KnnFacts(reals=len(draft.heads.knn_labels) - fakes, fakes=fakes),
+            ocsvm=OcsvmFacts(
+                gamma=draft.heads.svm_gamma,
+                degree=draft.heads.svm_degree,
+                coef0=draft.heads.svm_coef0,
+                nu=draft.svm_nu,
+                support_vectors=len(draft.heads.svm_dual),
+            ),
+        ),
+        preprocess=PreprocessPart.of(draft.preprocess),
+        calibration=dict(draft.calibration),
+        thresholds={head: dict(named) for head, named in draft.thresholds.items()},
+        abstain=dict(draft.abstain),
+        reference=draft.reference,
+        metrics=dict(draft.metrics),
+        parents=draft.parents,
+        model_card=FileRef(file=MODEL_CARD_FILE, sha256=digests[MODEL_CARD_FILE]),
+    )
+
+
+def _write_durably(file: Path, data: bytes) -> None:
+    with file.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

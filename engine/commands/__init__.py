@@ -1,0 +1,1 @@
+"""The commands of `python -m engine`, one a file."""
