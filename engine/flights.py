@@ -1,0 +1,170 @@
+"""Batches on the device: copy the crops in, call, collect, settle failures. One thread, the device's owner, uses this."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from engine.backends.base import BackendError, OutOfDeviceMemory
+from engine.batching_policy import Departure, Slice
+from engine.isolation import Outcome, finite, isolate
+
+log = structlog.get_logger()
+
+CAP_DOUBLES_AFTER = 256
+"""Whole batches at a lowered cap that must succeed before a larger one is tried again."""
+
+
+class Engine(Protocol):
+    """What scores crops: a detector, or a simulated device."""
+
+    def infer(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [n, 224, 224, 3] -> float32 [n, heads]. Keeps neither the array it got nor the one it gave."""
+        ...
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """An engine that takes the next batch while it computes one: copies overlap with computing."""
+
+    depth: int
+    """Batches that may be under way."""
+
+    def infer(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """As of `Engine`; only called while nothing else is under way."""
+        ...
+
+    def submit(self, crops: NDArray[np.uint8]) -> object:
+        """Start a batch and return its ticket; the array stays as it is until the ticket is collected."""
+        ...
+
+    def collect(self, ticket: Any) -> NDArray[np.float32]:
+        """Wait for a batch; called once a ticket, in the order of `submit`."""
+        ...
+
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Engine)
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[T]):
+    """Crops of one item in a batch: where they are from, and their pixels."""
+
+    slice: Slice[T]
+    crops: NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class _Flight(Generic[T, E]):
+    departure: Departure[T]
+    engine: E
+    buffer: NDArray[np.uint8]
+    bounds: list[int]
+    started: float
+    ticket: Any = None
+    result: NDArray[np.float32] | Exception | None = None
+
+    @property
+    def crops(self) -> NDArray[np.uint8]:
+        return self.buffer[: self.bounds[-1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Landed(Generic[T, E]):
+    """A batch that is settled; `outcome`'s parts are the departure's slices."""
+
+    departure: Departure[T]
+    engine: E
+    outcome: Outcome
+    started: float
+    """Seconds of the injected clock when its call began."""
+    infer_s: float
+    """Seconds it kept the device, further calls for failures included."""
+
+
+class Flights(Generic[T, E]):
+    """The batches under way, the oldest first."""
+
+    def __init__(self, max_batch_size: int, crop_shape: tuple[int, int, int], clock: Callable[[], float]) -> None:
+        self._max_batch_size = max_batch_size
+        self._shape = (max_batch_size, *crop_shape)
+        self._clock = clock
+        self._free: list[NDArray[np.uint8]] = []
+        self._flights: deque[_Flight[T, E]] = deque()
+        self._landed_at = -float("inf")
+        self._whole_at_cap = 0
+        self.cap: int | None = None
+        """The largest batch that the device has memory for; None: `max_batch_size`."""
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def launch(self, departure: Departure[T], parts: list[NDArray[np.uint8]], engine: E) -> bool:
+        """Copy the crops of each slice into a batch and begin its call. True: the device takes another one behind it."""
+        buffer = self._free.pop() if self._free else np.empty(self._shape, np.uint8)
+        bounds = [0]
+        for crops in parts:
+            bounds.append(bounds[-1] + len(crops))
+            buffer[bounds[-2] : bounds[-1]] = crops
+        flight = _Flight(departure, engine, buffer, bounds, self._clock())
+        self._flights.append(flight)
+        try:
+            if isinstance(engine, Overlapping):
+                flight.ticket = engine.submit(flight.crops)
+            else:
+                flight.result = engine.infer(flight.crops)
+        except Exception as error:  # noqa: BLE001  settled in `land`, which tells the device's failures from the images'
+            flight.result = error
+        return isinstance(engine, Overlapping) and len(self._flights) < engine.depth
+
+    def land(self) -> Landed[T, E]:
+        """Wait for the oldest batch and settle it.
+
+        Raises:
+            BackendError: fatal; what is under way is lost.
+        """
+        flight = self._flights.popleft()
+        result = self._collect(flight)
+        if isinstance(result, Exception) or not finite(result, len(flight.crops)):
+            for other in self._flights:
+                other.result = self._collect(other)
+            outcome = isolate(flight.engine.infer, flight.crops, flight.bounds, result)
+        else:
+            outcome = Outcome(result)
+        self._free.append(flight.buffer)
+        self._note_cap(outcome.cap, len(flight.crops))
+        now = self._clock()
+        begun = max(flight.started, self._landed_at)
+        self._landed_at = now
+        return Landed(flight.departure, flight.engine, outcome, flight.started, now - begun)
+
+    @staticmethod
+    def _collect(flight: _Flight[T, E]) -> NDArray[np.float32] | Exception:
+        if flight.result is None:
+            try:
+                flight.result = flight.engine.collect(flight.ticket)  # type: ignore[attr-defined]
+            except Exception as error:  # noqa: BLE001  as in `launch`
+                flight.result = error
+        if isinstance(flight.result, BackendError) and not isinstance(flight.result, OutOfDeviceMemory):
+            raise flight.result
+        return flight.result
+
+    def _note_cap(self, cap: int | None, size: int) -> None:
+        """Lower the cap where memory ran out; try twice as much again after it has held for long."""
+        if cap is not None:
+            self.cap = min(cap, self.cap or cap)
+            self._whole_at_cap = 0
+            log.warning("engine.batch_capped", crops=self.cap, max_batch_size=self._max_batch_size)
+        elif self.cap is not None and size >= self.cap:
+            self._whole_at_cap += 1
+            if self._whole_at_cap >= CAP_DOUBLES_AFTER:
+                self.cap = self.cap * 2 if self.cap * 2 < self._max_batch_size else None
+                self._whole_at_cap = 0
+                log.info("engine.batch_cap_raised", crops=self.cap or self._max_batch_size)
