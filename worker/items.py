@@ -161,3 +161,18 @@ class Scored:
     scores: Scores
     model: ModelRef
     cache_hit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the policy makes of a score (contract, section 4: `label`, `uncertain`, `action`, `policy`)."""
+
+    label: str
+    """ai_generated, authentic or undetermined."""
+    action: str
+    """allow, review or block."""
+    uncertain: bool
+    policy: str
+    version: str
+    shadow: dict[str, str] | None = None
+    """What each shadow rule would have done, by its name; None where the policy has none for the tenant."""
