@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,7 @@ CROP_PX = 224
 Layout = Literal["center", "five"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 RGB = tuple[int, int, int]
+Region = Callable[[int, int, int, int], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,8 @@ def center_crop(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Raises:
         ValueError: not uint8 [H, W, 3].
     """
-    _check(rgb)
-    top, left = _middle(rgb.shape[0]), _middle(rgb.shape[1])
-    return _cut(rgb, top, left)
+    crop: NDArray[np.uint8] = crops(rgb, "center")[0]
+    return crop
 
 
 def crops(rgb: NDArray[np.uint8], layout: Layout = "center") -> NDArray[np.uint8]:
@@ -77,15 +78,33 @@ def crops(rgb: NDArray[np.uint8], layout: Layout = "center") -> NDArray[np.uint8
         ValueError: not uint8 [H, W, 3], or an unknown layout.
     """
     _check(rgb)
+    height, width = rgb.shape[:2]
+    return crops_of(lambda top, left, bottom, right: rgb[top:bottom, left:right], height, width, layout)
+
+
+def crops_of(region: Region, height: int, width: int, layout: Layout = "center") -> NDArray[np.uint8]:
+    """As `crops`, for a frame whose pixels are read by region, so that the whole of it need never be converted or decoded.
+
+    Args:
+        region: (top, left, bottom, right) within the frame -> uint8 [bottom - top, right - left, 3].
+        height: of the frame.
+        width: of the frame.
+        layout: as for `crops`.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown crops layout {layout!r}; known are {', '.join(LAYOUTS)}")
-    height, width = rgb.shape[:2]
     places = [(_middle(height), _middle(width))]
     if layout == "five" and (height > CROP_PX or width > CROP_PX):
         top, bottom = _ends(height)
         left, right = _ends(width)
         places += [(top, left), (top, right), (bottom, left), (bottom, right)]
-    return np.stack([_cut(rgb, top, left) for top, left in places])
+    cut = np.zeros((len(places), CROP_PX, CROP_PX, 3), np.uint8)
+    for crop, (top, left) in zip(cut, places, strict=True):
+        _place(region, height, width, top, left, crop)
+    return cut
 
 
 def _check(rgb: NDArray[np.uint8]) -> None:
@@ -105,12 +124,8 @@ def _ends(size_px: int) -> tuple[int, int]:
     return (_middle(size_px), _middle(size_px)) if size_px <= CROP_PX else (0, size_px - CROP_PX)
 
 
-def _cut(rgb: NDArray[np.uint8], top: int, left: int) -> NDArray[np.uint8]:
-    height, width = rgb.shape[:2]
-    if top >= 0 and left >= 0 and top + CROP_PX <= height and left + CROP_PX <= width:
-        return rgb[top : top + CROP_PX, left : left + CROP_PX].copy(order="C")
-    crop = np.zeros((CROP_PX, CROP_PX, 3), np.uint8)
-    part = rgb[max(top, 0) : top + CROP_PX, max(left, 0) : left + CROP_PX]
+def _place(region: Region, height: int, width: int, top: int, left: int, crop: NDArray[np.uint8]) -> None:
+    """Fill a black crop with the frame's pixels, read from its region at `top` and `left`; negative ones leave padding."""
     y, x = max(-top, 0), max(-left, 0)
+    part = region(max(top, 0), max(left, 0), min(top + CROP_PX, height), min(left + CROP_PX, width))
     crop[y : y + part.shape[0], x : x + part.shape[1]] = part
-    return crop
