@@ -173,6 +173,22 @@ def resolve(path: Path | str) -> Path:
     return version
 
 
+def packaged() -> Path:
+    """The folder of the bundle that comes with the project: `models/` of a checkout, `engine/_models/` of an installed wheel.
+
+    Raises:
+        BundleError: neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    checkout, installed = package.parent / "models", package / "_models"
+    # Beside an installed package lies site-packages, where a folder `models` would be somebody else's.
+    if (package.parent / "pyproject.toml").is_file() and checkout.is_dir():
+        return checkout
+    if installed.is_dir():
+        return installed
+    raise BundleError(f"{installed}: no model is packaged with this installation; name a bundle's folder")
+
+
 def load(path: Path | str) -> Bundle:
     """Read and verify the bundle that `path` means (see `resolve`).
 
