@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 from worker.errors import Code
 from worker.items import Decision, Event, ImageInfo, ModelRef, Position, Scores, Timings
@@ -194,10 +195,19 @@ def _image(image: ImageInfo | None, sha256: str | None) -> Image:
 
 
 def _evidence(scores: Scores | None, image: ImageInfo | None) -> Evidence:
-    provenance = _NO_PROVENANCE if image is None else _NO_PROVENANCE | image.provenance
+    provenance = _NO_PROVENANCE if image is None or not _is_json(image.provenance) else _NO_PROVENANCE | image.provenance
     if scores is None:
         return Evidence(heads={}, crops=(), provenance=provenance)
     return Evidence(heads=scores.heads, crops=scores.crops, provenance=provenance)
+
+
+def _is_json(provenance: dict[str, Any]) -> bool:
+    """Whether it can be written: a mark is an uploader's text, and must not keep a verdict from being published."""
+    try:
+        to_json(provenance)
+    except ValueError:
+        return False
+    return True
 
 
 def _timings(timings: Timings | None, finished: float | None) -> TimingsMs:

@@ -132,3 +132,11 @@ def test_a_score_outside_its_range_is_never_published() -> None:
 def test_times_are_utc_with_milliseconds() -> None:
     assert rfc3339(0.0) == "1970-01-01T00:00:00.000Z"
     assert rfc3339(1_700_000_000.9996) in ("2023-11-14T22:13:20.999Z", "2023-11-14T22:13:21.000Z")
+
+
+def test_a_mark_that_is_no_text_does_not_keep_the_verdict_back() -> None:
+    image = ImageInfo("ab" * 32, 1, 1, "PNG", 1, provenance={"generator_metadata": "\ud800"})
+    verdict = build_verdict(
+        event=EVENT, source=SOURCE, model=MODEL, decision=DECISION, processed_at=0.0, scores=SCORES, image=image
+    )
+    assert set(json.loads(verdict.to_json())["evidence"]["provenance"].values()) == {None}
