@@ -18,7 +18,7 @@ def clouds(seed: int, count: int = 120) -> tuple[np.ndarray, np.ndarray]:
     """Two overlapping clouds of embeddings and their labels (1 = AI-generated)."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(count) % 3 == 0).astype(np.uint8)
-    centre = rng.standard_normal(EMBEDDING_DIM) * 0.4
+    centre = rng.standard_normal(EMBEDDING_DIM)
     embeddings = rng.standard_normal((count, EMBEDDING_DIM)) + np.where(labels[:, None] == 1, centre, -centre)
     return embeddings.astype(np.float32), labels
 
