@@ -51,12 +51,15 @@ class ItemError(WorkerError):
 class TransientItemError(ItemError):
     """One event failed for now and may succeed later (`fetch.timeout`, `fetch.unavailable`).
 
-    `retry_after_s` is the host's own hint (HTTP Retry-After), in seconds.
+    `retry_after_s` is the host's own hint (HTTP Retry-After), in seconds. `attempted` is False where nothing was tried
+    (the host's breaker is open, or it is at its limit): such a failure says nothing about this event, so it should not
+    use up one of its attempts.
     """
 
-    def __init__(self, code: Code, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(self, code: Code, message: str, retry_after_s: float | None = None, *, attempted: bool = True) -> None:
         super().__init__(code, message)
         self.retry_after_s = retry_after_s
+        self.attempted = attempted
 
 
 class StaleItemError(WorkerError):

@@ -150,6 +150,9 @@ class FetchSettings(_Group):
     )
     file_roots: Annotated[tuple[Path, ...], NoDecode] = Field((), description="folders for file URLs; empty: no file URLs")
     allow_private_addresses: bool = Field(False, description="allow loopback, private and link-local addresses")
+    concurrency_per_host: int = Field(0, ge=0, description="fetches at a time from one host or bucket; 0: half of concurrency")
+    breaker_failures: int = Field(10, ge=1, description="transient failures in a row after which a host is left alone")
+    breaker_reset_s: float = Field(10.0, gt=0, description="how long a failing host is left alone before one fetch tries it")
 
 
 class DecodeSettings(_Group):
