@@ -8,7 +8,7 @@
         ├── ConfigurationError     exit 2: what the operator must change, field by field
         └── DependencyError        exit 3: broker, bundle or device stayed unusable past its budget
 
-Foreign exceptions (kafka, redis, httpx, obstore, PIL, torch) are mapped to these at one boundary each, `from exc`.
+Foreign exceptions (kafka, redis, httpcore, obstore, PIL, torch) are mapped to these at one boundary each, `from exc`.
 """
 
 from __future__ import annotations
