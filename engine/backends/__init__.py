@@ -13,9 +13,9 @@ AUTO_ORDER = ("tensorrt", "tensorrt_rtx", "openvino", "torch")
 """What `auto` tries, in this order."""
 
 _CLASSES = {
-    "tensorrt": ("engine.backends.tensorrt", "TensorRTBackend"),
-    "tensorrt_rtx": ("engine.backends.tensorrt", "TensorRTRTXBackend"),
-    "openvino": ("engine.backends.openvino", "OpenVINOBackend"),
+    "tensorrt": ("engine.backends.tensorrt_backend", "TensorRTBackend"),
+    "tensorrt_rtx": ("engine.backends.tensorrt_backend", "TensorRTRTXBackend"),
+    "openvino": ("engine.backends.openvino_backend", "OpenVINOBackend"),
     "torch": ("engine.backends.torch_backend", "TorchBackend"),
     "null": ("engine.backends.null", "NullBackend"),  # tests and benchmarks of the worker; never by auto
 }

@@ -63,7 +63,13 @@ class OpenVINOBackend(CheckedBackend):
         self.device = "cpu"
         self.precision = self._choose(precision)
         self._threads = threads or usable_cores()
-        self._singles_at_most = 0
+        self.singles_at_most = 0
+        """Crops beyond whole rounds of chunks that go one by one; measured by `load`."""
+
+    @property
+    def streams(self) -> int:
+        """Chunks that are computed side by side."""
+        return self._chunks.width // self._chunks.size
 
     def _choose(self, asked: str) -> str:
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -103,7 +109,7 @@ class OpenVINOBackend(CheckedBackend):
         self._heads.run(out, np.empty((len(out), len(HEADS)), np.float32))
         round_s = median(_seconds(lambda: self._chunks.run(full, out)) for _ in range(3))
         single_s = median(_seconds(lambda: self._singles.run(full[:1], out[:1])) for _ in range(3))
-        self._singles_at_most = min(int(round_s / single_s), len(full) - 1)
+        self.singles_at_most = min(int(round_s / single_s), len(full) - 1)
 
     def _infer(self, crops: NDArray[np.uint8]) -> Outputs:
         return self._guard(lambda: self._forward(crops))
@@ -112,7 +118,7 @@ class OpenVINOBackend(CheckedBackend):
         embedding = np.empty((len(crops), EMBEDDING_DIM), np.float32)
         raw = np.empty((len(crops), len(HEADS)), np.float32)
         rest = len(crops) % self._chunks.width
-        cut = len(crops) - rest if rest <= self._singles_at_most else len(crops)
+        cut = len(crops) - rest if rest <= self.singles_at_most else len(crops)
         self._chunks.run(crops[:cut], embedding[:cut])
         self._singles.run(crops[cut:], embedding[cut:])
         self._heads.run(embedding, raw)
