@@ -1,0 +1,170 @@
+"""The decoder process: decodes one image at a time under limits of its own; `worker.stages.decode` starts it and talks to it.
+
+It is a plain program with one socket to its parent, an environment of a few harmless variables, and no other open file, so a
+taken-over decoder finds no broker, cache or secret. It imports numpy, Pillow and this project's reader, nothing else.
+
+Protocol, over a stream socket: the child sends a READY reply once, then answers each request with one reply.
+A request is `REQUEST` (size in bytes) and the image; a reply is `REPLY` (status, sizes of JSON and pixels), a JSON object and
+the pixels of the crops. End of file on either side means that the other one is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine import images
+from engine.preprocess import Layout
+from worker.stages import provenance
+
+REQUEST = struct.Struct("!Q")
+REPLY = struct.Struct("!BIQ")
+READY, DECODED, REFUSED = 1, 2, 3
+MAX_JSON_BYTES = 1 << 16
+
+ERROR_CODES: dict[type[images.ImageError], str] = {
+    images.UnsupportedImage: "decode.unsupported",
+    images.CorruptImage: "decode.corrupt",
+    images.TooManyPixels: "decode.too_many_pixels",
+    images.OutOfMemory: "decode.crashed",
+}
+
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_CPU_SLACK_S = 5
+_MAX_OPEN_FILES = 64
+_MAX_OUTPUT_BYTES = 1 << 16
+_OOM_SCORE = "800"
+
+DecodeFunction = Callable[[bytes, images.Limits, Layout], tuple[images.Crops, dict[str, str | None]]]
+
+
+def decode_image(data: bytes, limits: images.Limits, layout: Layout) -> tuple[images.Crops, dict[str, str | None]]:
+    """Crops and provenance of an image.
+
+    Raises:
+        engine.images.ImageError: it cannot be decoded.
+    """
+    return images.read_crops(data, limits, layout), provenance.read(data)
+
+
+def describe(crops: images.Crops, found: dict[str, str | None]) -> dict[str, Any]:
+    """The JSON half of a reply."""
+    return {
+        "format": crops.format,
+        "width": crops.width,
+        "height": crops.height,
+        "frames": crops.frame_count,
+        "crops_per_frame": crops.crops_per_frame,
+        "provenance": found,
+    }
+
+
+def main(start: dict[str, Any]) -> NoReturn:
+    """Become a decoder.
+
+    Args:
+        start: `socket` (file descriptor), `parent` (process id), `function` (module:name of a DecodeFunction),
+            `max_pixels`, `max_frames`, `layout`, `max_memory_bytes`, `timeout_s`.
+    """
+    connection = socket.socket(fileno=start["socket"])
+    module, _, name = start["function"].partition(":")
+    function: DecodeFunction = getattr(importlib.import_module(module), name)
+    _detach(start["parent"])
+    _limit(start["max_memory_bytes"])
+    warnings.simplefilter("ignore")
+    try:
+        connection.sendall(REPLY.pack(READY, 0, 0))
+        limits = images.Limits(start["max_pixels"], start["max_frames"])
+        while (data := _request(connection)) is not None:
+            _limit_cpu(start["timeout_s"] + _CPU_SLACK_S)
+            _answer(connection, function, data, limits, start["layout"])
+    except ConnectionError:
+        pass  # the parent is gone
+    os._exit(0)  # no destructors: nothing here is worth the time
+
+
+def _answer(connection: socket.socket, function: DecodeFunction, data: bytes, limits: images.Limits, layout: Layout) -> None:
+    try:
+        crops, found = function(data, limits, layout)
+    except images.ImageError as error:
+        _reply(connection, REFUSED, {"code": ERROR_CODES[type(error)], "message": str(error)})
+        if isinstance(error, images.OutOfMemory):
+            os._exit(1)  # whatever is left of the heap is not worth keeping
+    else:
+        _reply(connection, DECODED, describe(crops, found), crops.crops.data.cast("B"))
+
+
+def _request(connection: socket.socket) -> bytes | None:
+    """The next image; None at the end of the parent."""
+    head = connection.recv(REQUEST.size, socket.MSG_WAITALL)
+    if len(head) < REQUEST.size:
+        return None
+    (size,) = REQUEST.unpack(head)
+    data = connection.recv(size, socket.MSG_WAITALL) if size else b""
+    while len(data) < size:  # a signal cut the wait short
+        more = connection.recv(size - len(data), socket.MSG_WAITALL)
+        if not more:
+            return None
+        data += more
+    return data
+
+
+def _reply(connection: socket.socket, status: int, content: dict[str, Any], pixels: memoryview | None = None) -> None:
+    pixels = memoryview(b"") if pixels is None else pixels
+    text = json.dumps(content).encode()
+    head = REPLY.pack(status, len(text), len(pixels)) + text
+    sent = connection.sendmsg([head, pixels])
+    if sent < len(head) + len(pixels):
+        connection.sendall(head[sent:])
+        connection.sendall(pixels[max(0, sent - len(head)) :])
+
+
+def _detach(parent: int) -> None:
+    """Leave signals of the terminal to the parent, and die with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the death signal was armed
+        os._exit(1)
+
+
+def _limit(max_memory_bytes: int) -> None:
+    """Bound what a taken-over or runaway decoder may take from the machine; memory counts from here on."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _lower(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
+    _lower(resource.RLIMIT_FSIZE, _MAX_OUTPUT_BYTES)  # of what codecs print to standard error, a file in memory
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # /proc may be hidden
+            Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)  # out of memory, the kernel takes this one first
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _lower(resource.RLIMIT_AS, pages * resource.getpagesize() + max_memory_bytes)
+
+
+def _lower(limit: int, value: int) -> None:
+    hard = resource.getrlimit(limit)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, value))
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Processor time from now on until SIGXCPU kills this process: a net below the parent's own clock."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
