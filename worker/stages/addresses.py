@@ -54,9 +54,9 @@ _METADATA_V4 = _v4(
 )
 _METADATA_V6 = _v6(
     "fd00:ec2::/32",  # AWS
-    "fd20:ce::/32",  # Google
-    "fd00:c1::/32",  # Oracle
-    "fd00:42::/32",  # Scaleway
+    "fd20:ce::254/128",  # Google
+    "fd00:c1::a9fe:a9fe/128",  # Oracle
+    "fd00:42::42/128",  # Scaleway
 )
 _NEVER_V4 = _v4("0.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4")
 _NEVER_V6 = _v6("::/128", "ff00::/8")

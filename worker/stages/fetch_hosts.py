@@ -8,10 +8,10 @@ company does not use up its attempts.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from worker.clock import Clock, Deadline
 from worker.errors import Code, ItemError, TransientItemError
@@ -24,7 +24,8 @@ BUSY_RETRY_S = 1.0
 class _Host:
     changed: threading.Condition
     active: int = 0
-    waiting: int = 0
+    waiting: deque[object] = field(default_factory=deque)
+    """Tickets, first come first served: a thread that comes back at once must not overtake one that is about to give up."""
     failures: int = 0
     open_until: float | None = None
     """Monotonic seconds; None while closed."""
@@ -78,21 +79,26 @@ class HostGate:
         with self._lock:
             state = self._state(host)
             self._refuse_while_open(state, name)
-            state.waiting += 1
+            ticket = object()
+            state.waiting.append(ticket)
             try:
-                free = state.changed.wait_for(
-                    lambda: state.active < self._limit or state.open_until is not None,
+                state.changed.wait_for(
+                    lambda: state.open_until is not None or self._has_place(state, ticket),
                     timeout=min(self._wait_s, deadline.remaining()),
                 )
+                self._refuse_while_open(state, name)
+                if not self._has_place(state, ticket):
+                    raise _turned_away(f"{name} is at its limit of {self._limit} fetches at a time", BUSY_RETRY_S)
+                state.active += 1
             finally:
-                state.waiting -= 1
-            self._refuse_while_open(state, name)
-            if not free or state.active >= self._limit:
-                raise _turned_away(f"{name} is at its limit of {self._limit} fetches at a time", BUSY_RETRY_S)
-            state.active += 1
+                state.waiting.remove(ticket)
+                state.changed.notify_all()  # for whoever is first in line now
             probe = state.open_until is not None
             state.probing = state.probing or probe
             return state, probe
+
+    def _has_place(self, state: _Host, ticket: object) -> bool:
+        return state.active < self._limit and state.waiting[0] is ticket
 
     def _leave(self, state: _Host, *, probe: bool, works: bool | None) -> None:
         with self._lock:

@@ -171,6 +171,28 @@ def test_memory_is_bounded_and_busy_hosts_are_kept() -> None:
         assert not fail(gate, "busy").attempted  # still known to be at its limit
 
 
+def test_nobody_is_overtaken() -> None:
+    """More threads than places, each coming back at once: all are served long before they would give up."""
+    gate = make_gate(limit=1, wait_s=1.0)
+    turned_away = []
+
+    def work() -> None:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            try:
+                with gate.visit("a", "a", DEADLINE):
+                    time.sleep(0.002)
+            except TransientItemError as error:
+                turned_away.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert turned_away == []
+
+
 def test_the_limit_holds_under_many_threads() -> None:
     gate = make_gate(limit=3, wait_s=5.0)
     lock = threading.Lock()

@@ -17,6 +17,8 @@ from typing import Any
 
 import httpcore
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.worker.stages.fetch_servers import Detour, NoNetwork, RawServer, answer, drip, make_fetcher, make_item, reset
 from tests.worker.stages.test_fetch_urls import TRICKS
@@ -347,6 +349,29 @@ def test_what_is_no_whole_http_answer_is_unavailable(server: RawServer, handler:
     failure(server.url("/bad"), Code.FETCH_UNAVAILABLE)
 
 
+PIECES = [
+    *[b"HTTP/1.1 ", b"HTTP/1.0 ", b"HTTP/9.9 ", b"200 OK", b"302 Found", b"404 No", b"200", b"-1 x", b"100 Go", b"101 Up"],
+    *[b"\r\n", b"\n", b"\r\n\r\n", b"\0", b"abcde", b": x", b" folded", b"\x80\xff", b"999 X", b"Connection: close"],
+    *[b"Content-Length: 5", b"Content-Length: " + b"9" * 5_000, b"Content-Length: 5, 5", b"Content-Length: +5"],
+    *[b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Content-Encoding: gzip", b"Retry-After: 9e9"],
+    *[b"Location: /ok", b"Location: http://[", b"Location: \xff\xfe", b"Location:"],
+    *[b"5\r\nabcde\r\n", b"ffffffffffffffff\r\n", b"0\r\n\r\n"],
+]
+
+
+@given(pieces=st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=20)), max_size=12), keep=st.booleans())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_end_in_bytes_or_in_a_code(server: RawServer, pieces: list[bytes], keep: bool) -> None:
+    url = server.fixed("/any", b"HTTP/1.1 200 OK\r\n" * keep + b"".join(pieces), keep=False)
+    fetcher = make_fetcher(timeout_s=1.0)
+    try:
+        assert isinstance(fetcher.fetch(make_item(url)).data, bytes)
+    except ItemError as error:
+        assert error.code.startswith("fetch.")
+    finally:
+        fetcher.close()
+
+
 def test_nobody_listens(server: RawServer) -> None:
     server.close()
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -496,6 +521,14 @@ def test_allowed_hosts_hold_for_redirects_too(server: RawServer) -> None:
 def test_the_setting_allows_private_addresses_but_not_their_disguise_as_a_host_name(server: RawServer) -> None:
     assert fetch(f"http://0x7f.1:{server.port}/ok") == BODY
     assert b"Host: 127.0.0.1:" in server.requests[-1]
+
+
+def test_ipv6_hosts_are_named_in_brackets(server: RawServer) -> None:
+    network = Detour(server.port)
+    url = f"http://[2606:4700::1111]:{server.port}/ok"
+    assert fetch(url, network=network, allow_private_addresses=False) == BODY
+    assert network.asked == [("2606:4700::1111", server.port)]
+    assert f"Host: [2606:4700::1111]:{server.port}\r\n".encode() in server.requests[0]
 
 
 # --- TLS ----------------------------------------------------------------------------------------------------------
