@@ -10,11 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import hypothesis
 import pytest
 
 from worker.embedded import EmbeddedBroker, EmbeddedCache
 from worker.errors import DependencyError
 from worker.settings import KafkaSettings
+
+# How long one example takes says more about the neighbours on this machine than about the code.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="session")

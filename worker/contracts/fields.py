@@ -98,9 +98,11 @@ def sha256(value: object) -> str | None:
 
 
 def priority(value: object) -> int:
-    """A whole number from 0 (the most urgent) to 2**31 - 1."""
+    """A whole number from 0 (the most urgent) to 2**31 - 1; `1.0` is the same number as `1` in JSON."""
     if value is None:
         return 0
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if type(value) is not int or not 0 <= value <= MAX_PRIORITY:  # a bool is no number here
         raise FieldError(f"priority: must be a whole number from 0 to {MAX_PRIORITY}")
     return value

@@ -22,7 +22,9 @@ _NO_PROVENANCE = {"c2pa": None, "digital_source_type": None, "generator_metadata
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_inf_nan="null", json_schema_serialization_defaults_required=True
+    )
 
 
 class PolicyRef(_Part):

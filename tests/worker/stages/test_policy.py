@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -243,6 +243,7 @@ def documents(draw: st.DrawFn) -> tuple[str, dict[tuple[str, ...], int]]:
     return "\n".join(rows), lines
 
 
+@settings(max_examples=40)
 @given(documents())
 def test_lines_are_found_in_any_document(document: tuple[str, dict[tuple[str, ...], int]]) -> None:
     text, expected = document
