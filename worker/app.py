@@ -1,0 +1,250 @@
+"""Creates, names and joins every thread and process of the worker, and runs the main loop.
+
+The main thread alone touches the Kafka consumer. Every other thread runs under `Crew`, which keeps the first failure:
+the main loop sees it, and the process ends without a commit of what the failure left unfinished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import structlog
+
+from engine.batcher import BatchConfig, Batcher
+from worker import kafka_clients, process_memory
+from worker.budget import Budget
+from worker.clock import Clock, Deadline, SystemClock
+from worker.delays import DelayQueue
+from worker.engines import EngineLoader
+from worker.errors import DependencyError, FatalError
+from worker.health import Health, HealthServer
+from worker.ledger import Ledger
+from worker.metrics import Metrics
+from worker.pipeline import Pipeline, Stages
+from worker.settings import Settings
+from worker.stages.cache import ScoreCache
+from worker.stages.consume import Consumer
+from worker.stages.decode import Decoder
+from worker.stages.fetch import Fetcher
+from worker.stages.policy import PolicyKeeper
+from worker.stages.publish import Publisher
+
+log = structlog.get_logger(__name__)
+
+POLL_TIMEOUT_S = 0.1
+"""Longest wait of one poll: bounds how late the main loop sees a signal, a failure or a due retry."""
+GAUGE_INTERVAL_S = 1.0
+JOIN_TIMEOUT_S = 5.0
+
+
+class Crew:
+    """The worker's threads: named, and the first that fails is remembered."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._failed = threading.Event()
+        self._failure: Exception | None = None
+
+    def start(self, name: str, target: Callable[[], None]) -> None:
+        """Run `target` in a daemon thread."""
+        thread = threading.Thread(target=self._guard, args=(name, target), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def check(self) -> None:
+        """Raise what ended a thread.
+
+        Raises:
+            FatalError: the thread's own, or one made of its unexpected exception.
+        """
+        if self._failed.is_set() and self._failure is not None:
+            if isinstance(self._failure, FatalError):
+                raise self._failure
+            raise FatalError(f"internal error: {type(self._failure).__name__}: {self._failure}") from self._failure
+
+    def join(self, deadline: Deadline) -> None:
+        """Wait for every thread to end."""
+        for thread in self._threads:
+            thread.join(deadline.remaining())
+            if thread.is_alive():
+                log.warning("worker.thread_left", thread=thread.name)
+
+    def _guard(self, name: str, target: Callable[[], None]) -> None:
+        thread_names.set_current(name)
+        try:
+            target()
+        except Exception as error:
+            if not self._failed.is_set():
+                self._failure = error
+                self._failed.set()
+            log.error("worker.thread_failed", thread=name, error=f"{type(error).__name__}: {error}", exc_info=True)
+
+
+class App:
+    """One worker process, from settings to exit code."""
+
+    def __init__(self, settings: Settings, clock: Clock | None = None, loader: EngineLoader | None = None) -> None:
+        """`loader` opens engines other than the settings' own (benchmarks)."""
+        self._settings = settings
+        self._clock = clock or SystemClock()
+        self._metrics = Metrics()
+        self._loader = loader or EngineLoader(settings, self._metrics)
+        self._crew = Crew()
+        self._stopping = threading.Event()
+        self._next_gauges = 0.0
+
+    def run(self) -> int:
+        """Work until SIGTERM or SIGINT, then drain.
+
+        Returns:
+            0 once drained.
+
+        Raises:
+            FatalError: configuration (2) or a dependency past its budget (3); nothing unfinished was committed.
+        """
+        process_memory.settle()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._signals())
+            health = Health(self._clock, stale_after_s=self._settings.kafka.max_poll_interval_ms / 1000)
+            server = HealthServer(self._settings.http, health)
+            server.start()
+            stack.callback(server.close)
+            self._build(stack, health)
+            log.info(
+                "worker.ready", group=self._settings.kafka.group_id, port=server.port, model=self._pipeline.engine.model.version
+            )
+            self._work(health)
+            return self._drain(health)
+
+    def _build(self, stack: contextlib.ExitStack, health: Health) -> None:
+        """Make the stages in the order in which each needs the other, and start their threads."""
+        settings, clock = self._settings, self._clock
+        policy = PolicyKeeper(settings.policy)
+        engine = self._loader.load()
+        policy.bind(engine.detector.bundle.manifest)
+        health.set("engine", True)
+        kafka_clients.ensure_topics(settings.kafka, Deadline(settings.kafka.startup_timeout_s, clock))
+        ledger = Ledger()
+        budget = Budget(settings.kafka.max_in_flight, settings.kafka.max_in_flight_bytes, settings.fetch.max_bytes)
+        cache = ScoreCache(settings.cache, clock)
+        fetcher = Fetcher(settings.fetch, clock)
+        decoder = Decoder(settings.decode, settings.engine.crops)
+        self._publisher = Publisher(settings.kafka, clock)
+        self._consumer = Consumer(settings.kafka, ledger, clock)
+        batcher = Batcher(_batch_config(settings), clock)
+        stages = Stages(ledger, budget, DelayQueue(), fetcher, cache, decoder, batcher, policy, self._publisher)
+        self._pipeline = Pipeline(settings, stages, engine, clock)
+        for part in (engine.detector, cache, fetcher):
+            stack.callback(part.close)
+        decoder.start()
+        stack.callback(lambda: decoder.close(Deadline(JOIN_TIMEOUT_S)))
+        self._start_threads(decoder.workers, policy)
+
+    def _start_threads(self, decoders: int, policy: PolicyKeeper) -> None:
+        pipeline = self._pipeline
+        for index in range(self._settings.fetch.concurrency):
+            self._crew.start(f"fetch-{index}", pipeline.fetch_loop)
+        self._crew.start("cache", pipeline.cache_loop)
+        for index in range(decoders):
+            self._crew.start(f"decode-{index}", lambda index=index: pipeline.decode_loop(index))
+        self._crew.start("engine", pipeline.engine_loop)
+        self._crew.start("publish", pipeline.publish_loop)
+        self._crew.start("watch", lambda: self._watch(policy))
+
+    # -- main loop -----------------------------------------------------------------------------------------------
+
+    def _work(self, health: Health) -> None:
+        """One turn a poll, until a signal."""
+        while not self._stopping.is_set():
+            self._turn(health, reading=True)
+
+    def _turn(self, health: Health, *, reading: bool) -> None:
+        health.beat()
+        self._crew.check()
+        self._publisher.check()
+        room = self._pipeline.room() if reading else 0
+        self._pipeline.accept(self._consumer.poll(room, POLL_TIMEOUT_S))
+        self._pipeline.release_due()
+        self._pipeline.forget_stale()
+        self._consumer.commit_if_due()
+        health.set("group", self._consumer.joined)
+        self._observe()
+
+    def _drain(self, health: Health) -> int:
+        """Finish what is in flight within SHUTDOWN__DRAIN_S, commit, leave the group; the rest is left to others."""
+        deadline = Deadline(self._settings.shutdown.drain_s, self._clock)
+        health.set("running", False)
+        log.info("worker.draining", in_flight=self._pipeline.active)
+        while self._pipeline.active > 0 and not deadline.expired():
+            self._turn(health, reading=False)
+        left = self._pipeline.active
+        self._pipeline.close(drain=left == 0)
+        self._publisher.close(deadline)
+        self._consumer.close(deadline)
+        self._crew.join(Deadline(min(JOIN_TIMEOUT_S, deadline.remaining() + 1.0)))
+        if left:
+            log.warning("worker.drain_incomplete", left_to_the_group=left)
+        log.info("worker.stopped")
+        return 0
+
+    def _observe(self) -> None:
+        now = self._clock.monotonic()
+        if now < self._next_gauges:
+            return
+        self._next_gauges = now + GAUGE_INTERVAL_S
+        self._pipeline.observe()
+        self._consumer.observe()
+
+    # -- watchers ------------------------------------------------------------------------------------------------
+
+    def _watch(self, policy: PolicyKeeper) -> None:
+        """Look for a new policy and a new bundle; both keep the old one when the new is wrong."""
+        settings = self._settings
+        next_policy = next_bundle = 0.0
+        while not self._stopping.wait(0.5):
+            now = self._clock.monotonic()
+            if settings.policy.watch_s and now >= next_policy:
+                next_policy = now + settings.policy.watch_s
+                policy.reload_if_changed()
+            if settings.engine.watch_bundle_s and now >= next_bundle:
+                next_bundle = now + settings.engine.watch_bundle_s
+                engine = self._loader.load_if_changed()
+                if engine is not None:
+                    policy.bind(engine.detector.bundle.manifest)
+                    self._pipeline.swap(engine)
+
+    # -- signals -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first signal asks for a drain, the second ends the process at once with 130."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping.is_set():
+            os._exit(130)
+        self._stopping.set()
+
+
+def _batch_config(settings: Settings) -> BatchConfig:
+    batch = settings.batch
+    return BatchConfig(
+        max_batch_size=batch.max_batch_size,
+        preferred_batch_size=batch.preferred_sizes,
+        max_queue_delay_microseconds=batch.max_queue_delay_microseconds,
+        max_queue_size=batch.max_queue_size,
+        priority_levels=batch.priority_levels,
+    )
+
+
+__all__ = ["App", "DependencyError"]

@@ -1,0 +1,174 @@
+"""`worker dev`: the whole path on this machine: embedded broker and cache, a worker, and a table of verdicts as they come."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from worker.embedded import Child, EmbeddedBroker, EmbeddedCache, free_port
+from worker.errors import ConfigurationError, FatalError
+from worker.settings import Settings, environment_name
+
+ONCE_TIMEOUT_S = 120.0
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the demo."""
+    parser.add_argument("--samples", action="store_true", help="upload sample images drawn on the spot, unless --images is given")
+    parser.add_argument("--images", type=Path, metavar="PATH", help="upload the images of this file or folder")
+    parser.add_argument(
+        "--once", action="store_true", help=f"end when every image has its verdict; 1 if not within {ONCE_TIMEOUT_S:.0f} s"
+    )
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Start everything, upload what was asked for, print verdicts until Ctrl-C (or, with --once, until all are there)."""
+    interrupted = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: interrupted.set())
+    with tempfile.TemporaryDirectory(prefix="code-worker-") as scratch, contextlib.ExitStack() as stack:
+        folder = Path(scratch)
+        images = _images(arguments, folder)
+        broker = stack.enter_context(EmbeddedBroker(folder / "broker.log"))
+        cache = stack.enter_context(EmbeddedCache(folder / "cache.log"))
+        port = settings.http.port if environment_name("http", "port") in os.environ else free_port()
+        os.environ |= _environment(settings, broker, cache, port, images)
+        settings = _reloaded()
+        worker = stack.enter_context(_Worker(folder / "worker.log", port))
+        print(
+            f"broker  {broker.bootstrap}\ncache   {cache.url}\nworker  http://127.0.0.1:{port}  (/readyz, /metrics)\n", flush=True
+        )
+        return _show(settings, images, worker, interrupted, once=arguments.once)
+
+
+class _Worker(Child):
+    """`worker run` as a child that ends with this process."""
+
+    name = "worker"
+    ready_timeout_s = 180.0
+
+    def __init__(self, log_file: Path, port: int) -> None:
+        super().__init__(log_file, port)
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "worker", "run"]
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except urllib.error.HTTPError:
+            return False
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(grace_s=60.0)
+
+
+def _images(arguments: argparse.Namespace, folder: Path) -> list[Path]:
+    if arguments.images is not None:
+        return _found(arguments.images.expanduser())
+    if not arguments.samples:
+        return []
+    from worker.samples import write_samples
+
+    samples = folder / "samples"
+    samples.mkdir()
+    return write_samples(samples)
+
+
+def _found(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path.resolve()]
+    if not path.is_dir():
+        raise ConfigurationError(f"--images {path}: no such file or folder")
+    found = sorted(file.resolve() for file in path.rglob("*") if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise ConfigurationError(f"--images {path}: no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def _environment(
+    settings: Settings, broker: EmbeddedBroker, cache: EmbeddedCache, port: int, images: list[Path]
+) -> dict[str, str]:
+    """What the worker is told beside the user's own settings; its bus and cache are the embedded ones."""
+    roots = {str(root) for root in settings.fetch.file_roots} | {str(path.parent) for path in images}
+    return {
+        environment_name("kafka", "bootstrap_servers"): broker.bootstrap,
+        environment_name("kafka", "security_protocol"): "PLAINTEXT",
+        environment_name("kafka", "create_topics"): "true",
+        environment_name("cache", "url"): cache.url,
+        environment_name("http", "port"): str(port),
+        environment_name("fetch", "file_roots"): ",".join(sorted(roots)),
+    }
+
+
+def _reloaded() -> Settings:
+    from worker import settings as settings_module
+
+    return settings_module.load()
+
+
+def _show(settings: Settings, images: list[Path], worker: _Worker, interrupted: threading.Event, *, once: bool) -> int:
+    """Upload the images and print verdicts; returns the exit code."""
+    from worker.commands.watch import verdicts
+
+    waiting = _upload(settings, images) if images else {}
+    total = len(waiting)
+    deadline = time.monotonic() + ONCE_TIMEOUT_S
+    _print_row("image", "label", "score", "action", "reason", "cache", "ms")
+    for verdict in verdicts(settings, from_beginning=True, poll_s=0.2):
+        if verdict is not None:
+            name = waiting.pop(str(verdict["event_id"]), str(verdict["event_id"]))
+            _print_verdict(name, verdict)
+        if once and not waiting:
+            print(f"\n{total} of {total} images have their verdict")
+            return 0
+        if interrupted.is_set():
+            return 130 if once else 0
+        if worker.pid is None:
+            raise FatalError(f"the worker ended: {worker.complaint()}")
+        if once and time.monotonic() > deadline:
+            print(
+                f"\n{len(waiting)} of {total} images have no verdict after {ONCE_TIMEOUT_S:.0f} s: {', '.join(waiting.values())}"
+            )
+            return 1
+    return 0
+
+
+def _upload(settings: Settings, images: list[Path]) -> dict[str, str]:
+    """Publish an event for each image, by turns as a file URL, inline in JSON and raw. Returns names by event id."""
+    from worker.commands.submit import FORMS, Submission, submit
+
+    submissions = [Submission(path, FORMS[number % len(FORMS)]) for number, path in enumerate(images)]
+    return {event_id: path.name for event_id, path in zip(submit(settings, submissions), images, strict=True)}
+
+
+def _print_verdict(name: str, verdict: dict[str, Any]) -> None:
+    score = verdict["score"]
+    shown = "-" if score is None else f"{score:.3f}"
+    total = verdict["timings_ms"]["total"]
+    milliseconds = "-" if total is None else f"{total:.0f}"
+    _print_row(name, verdict["label"], shown, verdict["action"], verdict["reason"] or "", verdict["cache"], milliseconds)
+
+
+def _print_row(name: str, label: str, score: str, action: str, reason: str, cache: str, milliseconds: str) -> None:
+    print(f"{name[:36]:<37}{label:<14}{score:>6}  {action:<8}{reason:<24}{cache:<6}{milliseconds:>6}", flush=True)
+
+
+def _lines(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            yield str(json.loads(line).get("event", line))

@@ -1,0 +1,100 @@
+"""Opens the detector that the settings name, warms it, and opens its successor when the bundle's pointer moves."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from worker.errors import ConfigurationError, DependencyError
+from worker.items import ModelRef
+from worker.metrics import Metrics
+from worker.outcomes import Engine
+from worker.settings import Settings
+
+if TYPE_CHECKING:
+    from engine.detector import Detector
+
+log = structlog.get_logger(__name__)
+
+
+class EngineLoader:
+    """Loads engines for one worker; used by the main thread at start and by the watch thread afterwards."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._loaded: Path | None = None
+
+    def load(self) -> Engine:
+        """Open and warm the detector.
+
+        Raises:
+            ConfigurationError: the bundle is missing or wrong, or the backend is not installed.
+            DependencyError: the device failed.
+        """
+        from engine import bundle
+        from engine.backends.base import BackendUnavailable, DeviceError
+
+        settings = self._settings.engine
+        try:
+            path = bundle.resolve(settings.bundle)
+            engine = self._open(path)
+        except bundle.BundleError as error:
+            raise ConfigurationError(f"WORKER_ENGINE__BUNDLE: {error}") from error
+        except BackendUnavailable as error:
+            raise ConfigurationError(f"WORKER_ENGINE__BACKEND: {error}") from error
+        except DeviceError as error:
+            raise DependencyError(f"the device failed: {error}") from error
+        self._loaded = path
+        return engine
+
+    def load_if_changed(self) -> Engine | None:
+        """The successor, warmed, when CURRENT names another version; None when it does not or the new one is unusable."""
+        from engine import bundle
+        from engine.backends.base import BackendError
+
+        try:
+            path = bundle.resolve(self._settings.engine.bundle)
+            if path == self._loaded:
+                return None
+            engine = self._open(path)
+        except (bundle.BundleError, BackendError) as error:
+            log.warning("bundle.refused", error=str(error), kept=str(self._loaded.name if self._loaded else None))
+            self._metrics.bundle_swaps.labels("failed").inc()
+            return None
+        self._loaded = path
+        self._metrics.bundle_swaps.labels("ok").inc()
+        log.info("bundle.swapped", model=engine.model.name, version=engine.model.version)
+        return engine
+
+    def _open(self, path: Path) -> Engine:
+        from engine.detector import Detector
+
+        settings = self._settings
+        started = time.monotonic()
+        detector = Detector.open(
+            path,
+            backend=settings.engine.backend,
+            device=settings.engine.device,
+            head=settings.engine.head,
+            crops=settings.engine.crops,
+            threads=settings.engine.threads,
+        )
+        detector.warm_up((1, *settings.batch.preferred_sizes, settings.batch.max_batch_size))
+        self._metrics.set_engine(detector.version, detector.backend_name, detector.device)
+        log.info(
+            "engine.loaded",
+            backend=detector.backend_name,
+            device=detector.device,
+            duration_ms=round((time.monotonic() - started) * 1000),
+        )
+        return engine_of(detector, settings.decode.max_frames)
+
+
+def engine_of(detector: Detector, max_frames: int) -> Engine:
+    """The engine record of a detector: its name in verdicts, and its part of the cache's key."""
+    model = ModelRef(detector.name, detector.version, detector.head, detector.backend_name, detector.device)
+    return Engine(detector, model, f"{detector.cache_scope}:{max_frames}")

@@ -1,0 +1,107 @@
+"""What travels between the pipeline's stages and is known to it alone: engines in service, flights, outcomes, receipts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.errors import ItemError, TransientItemError
+from worker.items import Delivery, Event, ImageInfo, Item, ModelRef, Record, Scored, Timings
+
+if TYPE_CHECKING:
+    from engine.detector import Detector
+
+
+@dataclass(frozen=True, slots=True)
+class Delayed:
+    """A record of the retry topic whose time has not come."""
+
+    record: Record
+    delivery: Delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A decoded image without its crops, which the batcher holds."""
+
+    item: Item
+    info: ImageInfo
+    crops_per_frame: int
+    flight: Flight
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """An image back from the engine; `probabilities` is float32 [crops, heads], calibrated."""
+
+    waiting: Waiting
+    probabilities: NDArray[np.float32]
+    engine: Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An event that ends in a dead letter, and in a verdict where its id is known."""
+
+    record: Record
+    delivery: Delivery
+    error: ItemError
+    event: Event | None
+    timings: Timings | None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """An event that waits in the retry topic for its next try."""
+
+    item: Item
+    error: TransientItemError
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A detector in service and its name in verdicts. `scope` is the part of the cache's key that it decides."""
+
+    detector: Detector
+    model: ModelRef
+    scope: str
+
+    def infer(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [n, 224, 224, 3] -> float32 [n, heads], calibrated probabilities."""
+        return self.detector.infer(crops)
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """An image being inferred, by model and digest: identical images join it."""
+
+    scope: str
+    sha256: str
+
+
+Outcome = Inferred | Scored | Failed | Postponed
+
+
+class Receipts:
+    """Counts the broker's acknowledgements an event still needs, and calls `done` on the last."""
+
+    __slots__ = ("_done", "_lock", "_missing")
+
+    def __init__(self, missing: int, done: Callable[[], None]) -> None:
+        self._missing = missing
+        self._done = done
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._missing -= 1
+            last = self._missing == 0
+        if last:
+            self._done()

@@ -1,0 +1,424 @@
+"""The one file that knows the order of the stages.
+
+    accept -> fetch -> cache? -> decode -> batch -> infer -> decide -> publish -> (receipt) -> ledger
+                          \\________ hit: scores _____________/
+
+`Pipeline` owns the queues between the stages and one method a loop; `worker.app` runs each loop in a thread of its
+own. Every accepted record ends in exactly one of: a verdict, a dead letter (with a verdict where an id could be read),
+a retry record, or, when its partition was taken away, nothing. Only then is its place in the budget given back.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from engine.batcher import Batcher, BatchTiming
+from worker import contracts
+from worker.budget import Budget
+from worker.clock import Clock
+from worker.delays import DelayQueue
+from worker.errors import Code, ItemError, TransientItemError
+from worker.items import Decoded, Delivery, Event, Fetched, Item, Position, Record, Scored, Scores, Timings
+from worker.lanes import Closed, Lanes
+from worker.ledger import Ledger
+from worker.metrics import Metrics
+from worker.outcomes import Delayed, Engine, Failed, Flight, Inferred, Outcome, Postponed, Receipts, Waiting
+from worker.settings import Settings
+from worker.stages.cache import CachedScore, ScoreCache
+from worker.stages.decode import Decoder
+from worker.stages.fetch import Fetcher
+from worker.stages.policy import PolicyKeeper
+from worker.stages.publish import Publisher, delivery_of
+from worker.stages.single_flight import SingleFlight
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+IN_PLACE_DELAY_S = 0.2
+"""Mean pause before the one repeat in place of a fetch that failed at once."""
+CACHE_ROUND = 64
+"""Digests asked for in one round trip at most."""
+PUBLISH_ROUND = 64
+"""Verdicts made between two looks at the queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The parts a pipeline joins; each knows nothing of the others."""
+
+    ledger: Ledger
+    budget: Budget
+    delays: DelayQueue[Delayed]
+    fetcher: Fetcher
+    cache: ScoreCache
+    decoder: Decoder
+    batcher: Batcher[Waiting]
+    policy: PolicyKeeper
+    publisher: Publisher
+
+
+class Pipeline:
+    """Joins the stages; see the module's first lines."""
+
+    def __init__(self, settings: Settings, stages: Stages, engine: Engine, metrics: Metrics, clock: Clock) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._stages = stages
+        self._engine = engine
+        self._clock = clock
+        levels = settings.batch.priority_levels
+        self._to_fetch: Lanes[Item] = Lanes(levels)
+        self._to_cache: queue.SimpleQueue[Fetched | CachedScore | None] = queue.SimpleQueue()
+        self._to_decode: Lanes[tuple[Fetched, Flight]] = Lanes(levels)
+        self._to_publish: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._flights: SingleFlight[Flight, Item] = SingleFlight()
+        self._limits = contracts.EventLimits(
+            max_image_bytes=settings.fetch.max_bytes, max_event_bytes=settings.kafka.max_record_bytes
+        )
+
+    # -- main thread ---------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Events accepted and not finished, those that wait for their retry included."""
+        return self._stages.budget.events
+
+    @property
+    def active(self) -> int:
+        """Events accepted and not finished, without those that only wait for their retry time."""
+        return self._stages.budget.events - len(self._stages.delays)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine in service."""
+        return self._engine
+
+    def room(self) -> int:
+        """How many records may be read now."""
+        return self._stages.budget.room()
+
+    def accept(self, records: list[Record]) -> None:
+        """Take records into the books: charged to the budget, then on their way (retries once their time has come)."""
+        now = self._clock.time()
+        for record in records:
+            self._stages.budget.charge(record.size_bytes)
+            self._metrics.events_received.inc()
+            is_retry = record.position.topic == self._settings.kafka.retry_topic
+            delivery = delivery_of(record.headers) if is_retry else Delivery()
+            due = delivery.not_before
+            if due is not None and due > now:
+                latest = now + self._settings.fetch.retry_delay_max_s
+                self._stages.ledger.abandon(record.position)  # a revoke need not wait for what only waits itself
+                self._stages.delays.push(Delayed(record, delivery), min(due, latest))
+            else:
+                self._admit(record, delivery)
+
+    def release_due(self) -> None:
+        """Let retries go whose time has come."""
+        for delayed in self._stages.delays.pop_due(self._clock.time()):
+            self._admit(delayed.record, delayed.delivery)
+
+    def forget_stale(self) -> None:
+        """Drop waiting retries whose partition was taken away."""
+        for delayed in self._stages.delays.discard(lambda waiting: not self._is_current(waiting.record.position)):
+            self._settle(delayed.record, counted=False)
+
+    def observe(self) -> None:
+        """Set the gauges of what is in flight."""
+        self._metrics.in_flight_events.set(self._stages.budget.events)
+        self._metrics.in_flight_bytes.set(self._stages.budget.bytes)
+
+    def swap(self, engine: Engine) -> None:
+        """Put another engine in service: it takes over between two batches."""
+        self._engine = engine
+
+    def close(self, *, drain: bool) -> None:
+        """End every loop; with `drain` once its queue is empty, else what is left stays for the partition's next owner."""
+        self._stages.budget.close()
+        self._to_fetch.close()
+        self._to_cache.put(None)
+        self._to_decode.close()
+        self._stages.batcher.close(drain=drain)
+        self._to_publish.put(None)
+
+    def _admit(self, record: Record, delivery: Delivery) -> None:
+        timings = Timings(started=self._clock.monotonic())
+        try:
+            event = contracts.parse(record, self._limits, delivery.origin)
+        except contracts.EventError as error:
+            self._to_publish.put(Failed(record, delivery, error, error.event, timings))
+            return
+        self._to_fetch.put(Item(record, event, delivery, timings), event.priority)
+
+    # -- fetch threads -------------------------------------------------------------------------------------------
+
+    def fetch_loop(self) -> None:
+        """Fetch one image at a time; run in FETCH__CONCURRENCY threads."""
+        while True:
+            try:
+                item = self._to_fetch.get()
+            except Closed:
+                return
+            if not self._drop_if_stale(item.record):
+                self._fetch(item)
+
+    def _fetch(self, item: Item) -> None:
+        """Room for the largest image is reserved first, so that the bytes in flight stay bounded whatever arrives."""
+        inline = item.event.inline
+        reserved_bytes = self._settings.fetch.max_bytes if inline is None else len(inline)
+        self._stages.budget.reserve(reserved_bytes)
+        fetched, error, made = self._fetch_in_place(item)
+        if fetched is not None:
+            self._stages.budget.release(reserved_bytes - len(fetched.data))
+            self._to_cache.put(fetched)
+            return
+        self._stages.budget.release(reserved_bytes)
+        if isinstance(error, TransientItemError) and made < self._settings.fetch.attempts:
+            self._postpone(item, error, made)
+        elif error is not None:
+            item = replace(item, delivery=replace(item.delivery, attempt=made))
+            self._to_publish.put(_failed(item, error))
+
+    def _fetch_in_place(self, item: Item) -> tuple[Fetched | None, ItemError | None, int]:
+        """Try once; on an event's first way through, a host that failed at once is asked a second time.
+
+        Returns the image or the error, and how many attempts this event has had by now.
+        """
+        made = item.delivery.attempt
+        started = self._clock.monotonic()
+        while True:
+            try:
+                return self._stages.fetcher.fetch(item), None, made
+            except ItemError as error:
+                quick = error.code is Code.FETCH_UNAVAILABLE and made == 1 < self._settings.fetch.attempts
+                if not quick:
+                    return None, error, made
+                self._metrics.retries.labels(error.code.value).inc()
+            finally:
+                seconds = self._clock.monotonic() - started
+                item.timings.fetch = seconds * 1000
+                self._metrics.fetch.observe(seconds)
+            made += 1
+            self._clock.sleep(IN_PLACE_DELAY_S * random.uniform(0.5, 1.5))
+
+    def _postpone(self, item: Item, error: TransientItemError, made: int) -> None:
+        limits = self._settings.fetch
+        delay_s = limits.retry_delay_s * 4 ** max(0, made - 2)
+        delay_s = min(max(delay_s, error.retry_after_s or 0.0), limits.retry_delay_max_s)
+        self._metrics.retries.labels(error.code.value).inc()
+        next_try = replace(item, delivery=replace(item.delivery, attempt=made + 1))
+        self._to_publish.put(Postponed(next_try, error, delay_s))
+
+    # -- cache thread --------------------------------------------------------------------------------------------
+
+    def cache_loop(self) -> None:
+        """Ask and fill the cache, several digests a round trip; send identical images to the one already in flight."""
+        for entries in _rounds(self._to_cache, CACHE_ROUND):
+            engine = self._engine
+            asking: list[Fetched] = []
+            for entry in entries:
+                if not isinstance(entry, Fetched):
+                    continue
+                if self._flights.join(Flight(engine.scope, entry.sha256), entry.item):
+                    self._stages.budget.release(len(entry.data))
+                else:
+                    asking.append(entry)
+            found = self._stages.cache.get_many(engine.scope, [fetched.sha256 for fetched in asking])
+            for fetched in asking:
+                cached = found.get(fetched.sha256)
+                if cached is not None:
+                    self._stages.budget.release(len(fetched.data))
+                    info = cached.info(fetched.sha256)
+                    self._to_publish.put(Scored(fetched.item, info, cached.scores, engine.model, cache_hit=True))
+                else:
+                    self._take_off(fetched, Flight(engine.scope, fetched.sha256))
+            self._stages.cache.put_many([entry for entry in entries if isinstance(entry, CachedScore)])
+
+    def _take_off(self, fetched: Fetched, flight: Flight) -> None:
+        if self._flights.lead(flight, fetched.item):
+            self._to_decode.put((fetched, flight), fetched.item.event.priority)
+        else:
+            self._stages.budget.release(len(fetched.data))
+
+    # -- decode threads ------------------------------------------------------------------------------------------
+
+    def decode_loop(self, index: int) -> None:
+        """Decode one image at a time in the decoder process `index`; run in DECODE__PROCESSES threads."""
+        while True:
+            try:
+                fetched, flight = self._to_decode.get()
+            except Closed:
+                return
+            started = self._clock.monotonic()
+            try:
+                decoded = self._stages.decoder.decode(fetched, index)
+            except ItemError as error:
+                self._land_failed(fetched.item, flight, error)
+                continue
+            finally:
+                self._stages.budget.release(len(fetched.data))
+                seconds = self._clock.monotonic() - started
+                fetched.item.timings.decode = seconds * 1000
+                self._metrics.decode.observe(seconds)
+            self._submit(decoded, flight)
+
+    def _submit(self, decoded: Decoded, flight: Flight) -> None:
+        item = decoded.fetched.item
+        waiting = Waiting(item, decoded.info, decoded.crops_per_frame, flight)
+        self._stages.batcher.submit(decoded.crops, item.event.priority, waiting)
+
+    # -- engine thread -------------------------------------------------------------------------------------------
+
+    def engine_loop(self) -> None:
+        """Run batches on the device until the batcher is closed and empty; the only thread that touches the device."""
+        self._stages.batcher.run(lambda: self._engine, self._inferred, self._engine_failed)
+
+    def _inferred(self, waiting: Waiting, probabilities: NDArray[np.float32], timing: BatchTiming[Engine]) -> None:
+        waiting.item.timings.queue = timing.queue_s * 1000
+        waiting.item.timings.infer = timing.infer_s * 1000
+        self._to_publish.put(Inferred(waiting, probabilities, timing.engine))
+
+    def _engine_failed(self, waiting: Waiting, error: Exception) -> None:
+        log.warning("engine.item_failed", event_id=waiting.item.event.event_id, error=str(error))
+        failure = ItemError(Code.ENGINE_FAILED, "the engine could not score this image")
+        self._land_failed(waiting.item, waiting.flight, failure)
+
+    # -- publish thread ------------------------------------------------------------------------------------------
+
+    def publish_loop(self) -> None:
+        """Turn outcomes into records: policy, verdict, dead letter, retry; the broker's receipt ends the event."""
+        for outcomes in _rounds(self._to_publish, PUBLISH_ROUND):
+            for outcome in outcomes:
+                match outcome:
+                    case Inferred():
+                        self._land(outcome)
+                    case Scored():
+                        self._publish_scored(outcome)
+                    case Failed():
+                        self._publish_failed(outcome)
+                    case Postponed():
+                        self._publish_retry(outcome)
+
+    def _land(self, inferred: Inferred) -> None:
+        """The scores of one image go to its event, to the cache, and to every identical image that waited."""
+        waiting, engine = inferred.waiting, inferred.engine
+        image = engine.detector.combine(inferred.probabilities, waiting.crops_per_frame)
+        scores = Scores(heads=image.heads, crops=image.crops)
+        self._publish_scored(Scored(waiting.item, waiting.info, scores, engine.model, cache_hit=False))
+        self._to_cache.put(CachedScore.of(engine.scope, waiting.info, scores))
+        for item in self._flights.done(waiting.flight):
+            self._publish_scored(Scored(item, waiting.info, scores, engine.model, cache_hit=True))
+
+    def _land_failed(self, leader: Item, flight: Flight, error: ItemError) -> None:
+        """The same bytes fail the same way: identical images that waited share the leader's error."""
+        for item in (leader, *self._flights.done(flight)):
+            self._to_publish.put(_failed(item, error, flight.sha256))
+
+    def _publish_scored(self, scored: Scored) -> None:
+        item = scored.item
+        if self._drop_if_stale(item.record):
+            return
+        verdict = contracts.build_verdict(
+            event=item.event,
+            source=item.delivery.origin or item.record.position,
+            model=scored.model,
+            decision=self._stages.policy.decide(scored.scores, item.event.tenant, scored.model),
+            processed_at=self._clock.time(),
+            scores=scored.scores,
+            image=scored.info,
+            cache_hit=scored.cache_hit,
+            timings=item.timings,
+            finished=self._clock.monotonic(),
+        )
+        source = "cache" if scored.cache_hit else "engine"
+        self._send_verdict(verdict, item.record, item.event, source, Receipts(1, lambda: self._settle(item.record)))
+
+    def _publish_failed(self, failed: Failed) -> None:
+        """The dead letter, and the verdict where the event has an id: finished when the broker has both."""
+        record, event = failed.record, failed.event
+        if self._drop_if_stale(record):
+            return
+        receipts = Receipts(1 if event is None else 2, lambda: self._settle(record))
+        delivery = replace(failed.delivery, first_seen=failed.delivery.first_seen or self._clock.time())
+        self._stages.publisher.dead_letter(record, failed.error.code, failed.error.message, delivery, receipts)
+        if event is None:
+            return
+        verdict = contracts.build_verdict(
+            event=event,
+            source=delivery.origin or record.position,
+            model=self._engine.model,
+            decision=self._stages.policy.undetermined(event.tenant),
+            processed_at=self._clock.time(),
+            sha256=failed.sha256,
+            reason=failed.error.code,
+            timings=failed.timings,
+            finished=self._clock.monotonic(),
+        )
+        self._send_verdict(verdict, record, event, "failure", receipts)
+
+    def _publish_retry(self, postponed: Postponed) -> None:
+        record = postponed.item.record
+        if self._drop_if_stale(record):
+            return
+        first_seen = postponed.item.delivery.first_seen or self._clock.time()
+        delivery = replace(postponed.item.delivery, first_seen=first_seen)
+        self._stages.publisher.retry(
+            record, delivery, postponed.delay_s, postponed.error.code, Receipts(1, lambda: self._settle(record))
+        )
+
+    def _send_verdict(self, verdict: contracts.Verdict, record: Record, event: Event, source: str, receipts: Receipts) -> None:
+        uploaded_at = event.uploaded_at if event.uploaded_at is not None else record.timestamp_ms / 1000
+
+        def acknowledged() -> None:
+            self._metrics.verdicts.labels(verdict.label, verdict.action, source).inc()
+            self._metrics.event_age.observe(max(0.0, self._clock.time() - uploaded_at))
+            receipts()
+
+        headers = contracts.verdict_headers(verdict, event.traceparent)
+        self._stages.publisher.verdict(verdict.to_json(), event.event_id, headers, acknowledged)
+
+    # -- the end of an event -------------------------------------------------------------------------------------
+
+    def _is_current(self, position: Position) -> bool:
+        return self._stages.ledger.current(position)
+
+    def _drop_if_stale(self, record: Record) -> bool:
+        if self._is_current(record.position):
+            return False
+        self._metrics.events_stale.inc()
+        self._settle(record, counted=False)
+        return True
+
+    def _settle(self, record: Record, *, counted: bool = True) -> None:
+        """Take a record out of the books; called once for each, from the thread that saw its end."""
+        if counted:
+            self._stages.ledger.finish(record.position)
+        self._stages.budget.refund(record.size_bytes)
+
+
+def _failed(item: Item, error: ItemError, sha256: str | None = None) -> Failed:
+    return Failed(item.record, item.delivery, error, item.event, item.timings, sha256)
+
+
+def _rounds(source: queue.SimpleQueue[T | None], at_most: int) -> Iterator[list[T]]:
+    """What stands in the queue, in lists of at most `at_most`: waits for the first, takes the rest at once; ends at None."""
+    while True:
+        entry = source.get()
+        entries: list[T] = []
+        while entry is not None:
+            entries.append(entry)
+            if len(entries) == at_most or source.empty():
+                break
+            entry = source.get()
+        if entries:
+            yield entries
+        if entry is None:
+            return
