@@ -16,7 +16,7 @@ from types import FrameType
 import structlog
 
 from engine.batcher import BatchConfig, Batcher
-from worker import kafka_clients, process_memory
+from worker import kafka_clients, process_memory, thread_names
 from worker.budget import Budget
 from worker.clock import Clock, Deadline, SystemClock
 from worker.delays import DelayQueue
@@ -88,12 +88,12 @@ class Crew:
 class App:
     """One worker process, from settings to exit code."""
 
-    def __init__(self, settings: Settings, clock: Clock | None = None, loader: EngineLoader | None = None) -> None:
+    def __init__(self, settings: Settings, clock: Clock | None = None, loader: type[EngineLoader] = EngineLoader) -> None:
         """`loader` opens engines other than the settings' own (benchmarks)."""
         self._settings = settings
         self._clock = clock or SystemClock()
         self._metrics = Metrics()
-        self._loader = loader or EngineLoader(settings, self._metrics)
+        self._loader = loader(settings, self._metrics)
         self._crew = Crew()
         self._stopping = threading.Event()
         self._next_gauges = 0.0

@@ -1,0 +1,37 @@
+"""`worker run` with a detector that returns at once: what the path itself costs. Settings from the environment."""
+
+from __future__ import annotations
+
+import sys
+
+from engine.detector import Detector
+
+from engine import bundle
+from engine.backends import create
+from worker import log, settings
+from worker.app import App
+from worker.engines import EngineLoader, engine_of
+from worker.outcomes import Engine
+
+
+class NullLoader(EngineLoader):
+    """Opens the bundle on the null backend."""
+
+    def load(self) -> Engine:
+        """The engine whose scores are made without a device."""
+        opened = bundle.load(bundle.resolve(self._settings.engine.bundle))
+        detector = Detector.from_parts(
+            opened, create("null", "cpu"), head=self._settings.engine.head, crops=self._settings.engine.crops
+        )
+        self._metrics.set_engine(detector.version, detector.backend_name, detector.device)
+        return engine_of(detector, self._settings.decode.max_frames)
+
+    def load_if_changed(self) -> Engine | None:
+        """Never."""
+        return None
+
+
+if __name__ == "__main__":
+    loaded = settings.load()
+    log.configure(loaded.log)
+    sys.exit(App(loaded, loader=NullLoader).run())

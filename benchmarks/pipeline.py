@@ -1,0 +1,198 @@
+"""The whole path against its parts, in one run: bare decode, bare detector, path with a null engine, path with the real one.
+
+Events are inline 512x512 JPEGs, every one with bytes of its own, so that the cache never helps. The cost of the path is CPU time
+by thread of the worker (each stage has threads of its own) and by decoder process, per 1,000 events.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from engine.detector import Detector
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from PIL import Image
+
+from benchmarks import record
+from engine import images
+from worker.embedded import EmbeddedBroker, EmbeddedCache
+
+SIDE_PX = 512
+BATCH = 32
+
+
+def jpegs(count: int, seed: int = 3) -> list[bytes]:
+    """`count` JPEGs of a photograph's size and entropy; unique by bytes after the end of the picture."""
+    rng = np.random.default_rng(seed)
+    base = []
+    for _ in range(16):
+        smooth = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).resize(
+            (SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC
+        )
+        grain = rng.normal(0, 8, (SIDE_PX, SIDE_PX, 1))
+        out = io.BytesIO()
+        Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=85)
+        base.append(out.getvalue())
+    return [base[number % len(base)] + number.to_bytes(8, "big") for number in range(count)]
+
+
+def bare_decode(pictures: list[bytes]) -> dict[str, float]:
+    """CPU seconds per 1,000 images of the decoder alone, in this process."""
+    limits = images.Limits(max_pixels=64_000_000, max_frames=4)
+    images.read_crops(pictures[0], limits, "center")
+    started = time.process_time()
+    for picture in pictures:
+        images.read_crops(picture, limits, "center")
+    return {"cpu_s_per_1000": (time.process_time() - started) / len(pictures) * 1000}
+
+
+def bare_detector(pictures: list[bytes], seconds: float) -> dict[str, Any]:
+    """Images a second of the detector alone over full batches of the same images' crops."""
+    limits = images.Limits(max_pixels=64_000_000, max_frames=4)
+    crops = np.concatenate([images.read_crops(picture, limits, "center").crops for picture in pictures[:BATCH]])
+    with Detector.open(None) as detector:
+        detector.warm_up((BATCH,))
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            detector.infer(crops)
+            done += BATCH
+        rate = done / (time.perf_counter() - started)
+        return {"images_per_s": rate, "backend": detector.backend_name, "device": detector.device, "batch": BATCH}
+
+
+def path(pictures: list[bytes], module: str, warm_up: int) -> dict[str, Any]:
+    """Events a second and CPU by stage of a worker process over these images, after `warm_up` of them."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        EmbeddedBroker() as broker,
+        EmbeddedCache() as cache,
+        _worker(module, broker, cache, Path(scratch)) as process,
+    ):
+        _wait_for_topics(broker.bootstrap)
+        _produce(pictures[:warm_up], broker.bootstrap, "warm")
+        verdicts = _Verdicts(broker.bootstrap)
+        verdicts.wait(warm_up, process)
+        before, wall = _cpu_by_stage(process), time.perf_counter()
+        _produce(pictures[warm_up:], broker.bootstrap, "counted")
+        verdicts.wait(len(pictures), process)
+        wall = time.perf_counter() - wall
+        after = _cpu_by_stage(process)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        resident = sum(member.memory_info().rss for member in family)
+    events = len(pictures) - warm_up
+    stages = {name: (after[name] - before.get(name, 0.0)) / events * 1000 for name in sorted(after)}
+    return {
+        "events_per_s": events / wall,
+        "events": events,
+        "cpu_s_per_1000": sum(stages.values()),
+        "cpu_s_per_1000_by_stage": {name: round(value, 4) for name, value in stages.items() if value > 0},
+        "resident_mib": resident / 2**20,
+    }
+
+
+@contextmanager
+def _worker(module: str, broker: EmbeddedBroker, cache: EmbeddedCache, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
+    environment |= {
+        "WORKER_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap,
+        "WORKER_KAFKA__CREATE_TOPICS": "true",
+        "WORKER_CACHE__URL": cache.url,
+        "WORKER_HTTP__PORT": "0",
+        "WORKER_LOG__LEVEL": "WARNING",
+    }
+    with (scratch / "worker.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", *module.split()], env=environment, stderr=log)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+        sys.stderr.write((scratch / "worker.log").read_text()[-2000:])
+
+
+def _wait_for_topics(bootstrap: str) -> None:
+    consumer = KafkaConsumer(bootstrap_servers=bootstrap)
+    deadline = time.monotonic() + 120
+    while not {"image.uploads", "image.verdicts"} <= consumer.topics():
+        if time.monotonic() > deadline:
+            raise SystemExit("the worker made no topics within 120 s")
+        time.sleep(0.2)
+    consumer.close()
+
+
+def _produce(pictures: list[bytes], bootstrap: str, name: str) -> None:
+    producer = KafkaProducer(bootstrap_servers=bootstrap, compression_type="lz4", linger_ms=5, max_request_size=8_000_000)
+    for number, picture in enumerate(pictures):
+        headers = [("content-type", b"image/jpeg"), ("event_id", f"{name}-{number}".encode())]
+        producer.send("image.uploads", picture, headers=headers)
+    producer.flush()
+    producer.close()
+
+
+class _Verdicts:
+    """Counts verdicts."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self._consumer = KafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False)
+        self._consumer.assign(
+            [TopicPartition("image.verdicts", p) for p in self._consumer.partitions_for_topic("image.verdicts") or ()]
+        )
+        self._seen = 0
+
+    def wait(self, count: int, process: subprocess.Popen[bytes]) -> None:
+        """Until `count` verdicts were seen, none of them of a failure."""
+        deadline = time.monotonic() + 600
+        while self._seen < count:
+            for records in self._consumer.poll(200).values():
+                self._seen += len(records)
+                failed = [verdict for r in records if (verdict := json.loads(r.value))["reason"] is not None]
+                if failed:
+                    raise SystemExit(f"an event failed: {failed[0]['reason']}")
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the worker ended or stalled at {self._seen} of {count} verdicts")
+
+
+def _cpu_by_stage(process: subprocess.Popen[bytes]) -> dict[str, float]:
+    """CPU seconds by thread name without its number, and of the decoder processes."""
+    tick = os.sysconf("SC_CLK_TCK")
+    seconds: dict[str, float] = defaultdict(float)
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        fields = (task / "stat").read_text()
+        name = fields[fields.index("(") + 1 : fields.rindex(")")].rstrip("0123456789").rstrip("-_")
+        times = fields[fields.rindex(")") + 2 :].split()
+        seconds[name] += (int(times[11]) + int(times[12])) / tick
+    for child in psutil.Process(process.pid).children(recursive=True):
+        used = child.cpu_times()
+        seconds["decoder processes"] += used.user + used.system
+    return dict(seconds)
+
+
+def main(events: int, seconds: float) -> dict[str, Any]:
+    """Run all parts and write the result file."""
+    pictures = jpegs(events)
+    first = bare_detector(pictures, seconds)
+    figures: dict[str, Any] = {
+        "picture": f"{SIDE_PX}x{SIDE_PX} JPEG, {len(pictures[0]) // 1024} KiB, inline",
+        "bare_decode": bare_decode(pictures[:500]),
+        "null_engine": path(pictures, "benchmarks.null_worker", warm_up=events // 5),
+        "bare_detector": first,
+        "real_engine": path(pictures[: max(500, events // 3)], "worker run", warm_up=100),
+        "bare_detector_again": bare_detector(pictures, seconds),
+    }
+    detector = (first["images_per_s"] + figures["bare_detector_again"]["images_per_s"]) / 2
+    figures["path_over_detector"] = figures["real_engine"]["events_per_s"] / detector
+    figures["path_over_decode_cpu"] = figures["null_engine"]["cpu_s_per_1000"] / figures["bare_decode"]["cpu_s_per_1000"]
+    record.write("pipeline", figures)
+    return figures
