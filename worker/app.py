@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Literal
 
 import structlog
 
@@ -28,7 +29,7 @@ from worker.metrics import Metrics
 from worker.pipeline import Pipeline, Stages
 from worker.settings import Settings
 from worker.stages.cache import ScoreCache
-from worker.stages.consume import Consumer
+from worker.stages.consume import Consumer, ConsumerObserver
 from worker.stages.decode import Decoder
 from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
@@ -40,6 +41,8 @@ POLL_TIMEOUT_S = 0.1
 """Longest wait of one poll: bounds how late the main loop sees a signal, a failure or a due retry."""
 GAUGE_INTERVAL_S = 1.0
 JOIN_TIMEOUT_S = 5.0
+LEAVE_TIMEOUT_S = 3.0
+"""Granted to the last commit and the farewell to the group even when the drain took all of its time."""
 
 
 class Crew:
@@ -85,6 +88,29 @@ class Crew:
             log.error("worker.thread_failed", thread=name, error=f"{type(error).__name__}: {error}", exc_info=True)
 
 
+class _Group(ConsumerObserver):
+    """Counts what happens to the group, and knows whether this process is a member; called on the client's thread."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.joined = False
+
+    def rebalanced(
+        self, kind: Literal["assigned", "revoked", "lost"], partitions: frozenset[tuple[str, int]], repeated: int
+    ) -> None:
+        """A partition that went leaves no lag behind; what was in flight will be read again by its next owner."""
+        self._metrics.rebalances.labels(kind).inc()
+        self._metrics.events_repeated.inc(repeated)
+        self.joined = kind != "lost"
+        if kind != "assigned":
+            for topic, partition in partitions:
+                self._metrics.forget_partition(topic, partition)
+
+    def committed(self, ok: bool) -> None:
+        """Count the commit."""
+        self._metrics.commits.labels("ok" if ok else "failed").inc()
+
+
 class App:
     """One worker process, from settings to exit code."""
 
@@ -97,6 +123,8 @@ class App:
         self._crew = Crew()
         self._stopping = threading.Event()
         self._next_gauges = 0.0
+        self._next_commit = 0.0
+        self._group = _Group(self._metrics)
 
     def run(self) -> int:
         """Work until SIGTERM or SIGINT, then drain.
@@ -135,10 +163,10 @@ class App:
         fetcher = Fetcher(settings.fetch, clock)
         decoder = Decoder(settings.decode, settings.engine.crops)
         self._publisher = Publisher(settings.kafka, clock)
-        self._consumer = Consumer(settings.kafka, ledger, clock)
+        self._consumer = Consumer(settings.kafka, ledger, self._group, clock=clock)
         batcher = Batcher(_batch_config(settings), clock)
         stages = Stages(ledger, budget, DelayQueue(), fetcher, cache, decoder, batcher, policy, self._publisher)
-        self._pipeline = Pipeline(settings, stages, engine, clock)
+        self._pipeline = Pipeline(settings, stages, engine, self._metrics, clock, on_room=self._consumer.wake)
         for part in (engine.detector, cache, fetcher):
             stack.callback(part.close)
         decoder.start()
@@ -171,9 +199,16 @@ class App:
         self._pipeline.accept(self._consumer.poll(room, POLL_TIMEOUT_S))
         self._pipeline.release_due()
         self._pipeline.forget_stale()
-        self._consumer.commit_if_due()
-        health.set("group", self._consumer.joined)
+        self._commit_if_due()
+        health.set("group", self._group.joined)
         self._observe()
+
+    def _commit_if_due(self) -> None:
+        now = self._clock.monotonic()
+        if now >= self._next_commit:
+            self._next_commit = now + self._settings.kafka.commit_interval_ms / 1000
+            self._consumer.advance_idle()
+            self._consumer.commit()
 
     def _drain(self, health: Health) -> int:
         """Finish what is in flight within SHUTDOWN__DRAIN_S, commit, leave the group; the rest is left to others."""
@@ -185,7 +220,7 @@ class App:
         left = self._pipeline.active
         self._pipeline.close(drain=left == 0)
         self._publisher.close(deadline)
-        self._consumer.close(deadline)
+        self._consumer.close(Deadline(max(deadline.remaining(), LEAVE_TIMEOUT_S), self._clock))
         self._crew.join(Deadline(min(JOIN_TIMEOUT_S, deadline.remaining() + 1.0)))
         if left:
             log.warning("worker.drain_incomplete", left_to_the_group=left)
@@ -198,7 +233,9 @@ class App:
             return
         self._next_gauges = now + GAUGE_INTERVAL_S
         self._pipeline.observe()
-        self._consumer.observe()
+        self._metrics.paused_partitions.set(self._consumer.paused_partitions)
+        for (topic, partition), lag in self._consumer.lag().items():
+            self._metrics.consumer_lag.labels(topic, str(partition)).set(lag)
 
     # -- watchers ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -68,7 +68,17 @@ class Stages:
 class Pipeline:
     """Joins the stages; see the module's first lines."""
 
-    def __init__(self, settings: Settings, stages: Stages, engine: Engine, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        stages: Stages,
+        engine: Engine,
+        metrics: Metrics,
+        clock: Clock,
+        on_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_room` is told, from any thread, when an event has left and another may be read."""
+        self._on_room = on_room
         self._settings = settings
         self._metrics = metrics
         self._stages = stages
@@ -402,6 +412,7 @@ class Pipeline:
         if counted:
             self._stages.ledger.finish(record.position)
         self._stages.budget.refund(record.size_bytes)
+        self._on_room()
 
 
 def _failed(item: Item, error: ItemError, sha256: str | None = None) -> Failed:

@@ -1,0 +1,70 @@
+"""The in-flight budget: room, reservations that wait, one image always admitted."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.budget import Budget
+
+
+def test_room_counts_events_and_closes_on_bytes() -> None:
+    budget = Budget(max_events=3, max_bytes=1000, max_image_bytes=100)
+    assert budget.room() == 3
+    budget.charge(100)
+    assert budget.room() == 2
+    budget.charge(400)
+    assert budget.room() == 0
+    budget.refund(400)
+    assert budget.room() == 2
+    budget.refund(100)
+    assert (budget.events, budget.bytes) == (0, 0)
+
+
+def test_a_reservation_waits_for_room_and_close_lets_it_go() -> None:
+    budget = Budget(max_events=9, max_bytes=200, max_image_bytes=100)
+    budget.reserve(100)
+    entered: list[int] = []
+
+    def take(number: int) -> None:
+        budget.reserve(60)
+        entered.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    assert not entered
+    budget.release(100)
+    deadline = time.monotonic() + 5
+    while len(entered) < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(entered) == 1
+    budget.close()
+    for thread in threads:
+        thread.join(5)
+    assert len(entered) == 2
+
+
+def test_one_image_is_admitted_however_large() -> None:
+    budget = Budget(max_events=1, max_bytes=10, max_image_bytes=5)
+    budget.reserve(10_000)
+    assert budget.bytes == 10_000
+
+
+@given(st.lists(st.integers(0, 500), max_size=30))
+def test_books_balance(sizes: list[int]) -> None:
+    budget = Budget(max_events=100, max_bytes=10**6, max_image_bytes=500)
+    for size in sizes:
+        budget.charge(size)
+        budget.reserve(size)
+    assert budget.events == len(sizes)
+    assert budget.bytes == 2 * sum(sizes)
+    for size in sizes:
+        budget.refund(size)
+        budget.release(size)
+    assert (budget.events, budget.bytes) == (0, 0)

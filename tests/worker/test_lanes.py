@@ -1,0 +1,59 @@
+"""Priority lanes: urgent first, order within a lane, nothing starves, nothing lost."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.lanes import Closed, Lanes
+
+
+@given(st.lists(st.integers(0, 5), max_size=200), st.integers(1, 4), st.integers(2, 9))
+def test_nothing_is_lost_and_lanes_keep_their_order(priorities: list[int], levels: int, fair_every: int) -> None:
+    lanes: Lanes[tuple[int, int]] = Lanes(levels, fair_every)
+    for number, priority in enumerate(priorities):
+        lanes.put((min(priority, levels - 1), number), priority)
+    lanes.close()
+    taken = [lanes.get() for _ in priorities]
+    with pytest.raises(Closed):
+        lanes.get()
+    assert sorted(number for _, number in taken) == list(range(len(priorities)))
+    for level in range(levels):
+        mine = [number for lane, number in taken if lane == level]
+        assert mine == sorted(mine)
+
+
+def test_urgent_goes_first_and_bulk_keeps_its_share() -> None:
+    lanes: Lanes[str] = Lanes(2, fair_every=4)
+    for _ in range(40):
+        lanes.put("bulk", 1)
+    for _ in range(40):
+        lanes.put("urgent", 0)
+    first = [lanes.get() for _ in range(40)]
+    assert first.count("urgent") == 30
+    assert first.count("bulk") == 10
+    assert first[0] == "urgent"
+
+
+def test_get_waits_for_put_and_ends_at_close() -> None:
+    lanes: Lanes[int] = Lanes(1)
+    got: list[int] = []
+
+    def take() -> None:
+        while True:
+            try:
+                got.append(lanes.get())
+            except Closed:
+                return
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    for number in range(5):
+        lanes.put(number, 0)
+    lanes.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert got == [0, 1, 2, 3, 4]
