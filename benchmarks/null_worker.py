@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-
-from engine.detector import Detector
+from collections.abc import Callable
 
 from engine import bundle
 from engine.backends import create
+from engine.detector import Detector
 from worker import log, settings
 from worker.app import App
 from worker.engines import EngineLoader, engine_of
@@ -19,16 +19,15 @@ class NullLoader(EngineLoader):
 
     def load(self) -> Engine:
         """The engine whose scores are made without a device."""
-        opened = bundle.load(bundle.resolve(self._settings.engine.bundle))
+        opened = bundle.load(self._path())
         detector = Detector.from_parts(
             opened, create("null", "cpu"), head=self._settings.engine.head, crops=self._settings.engine.crops
         )
         self._metrics.set_engine(detector.version, detector.backend_name, detector.device)
         return engine_of(detector, self._settings.decode.max_frames)
 
-    def load_if_changed(self) -> Engine | None:
+    def follow(self, take_over: Callable[[Engine], None]) -> None:
         """Never."""
-        return None
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import psutil
-from engine.detector import Detector
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from PIL import Image
 
 from benchmarks import record
 from engine import images
+from engine.detector import Detector
 from worker.embedded import EmbeddedBroker, EmbeddedCache
 
 SIDE_PX = 512

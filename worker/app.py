@@ -7,6 +7,7 @@ the main loop sees it, and the process ends without a commit of what the failure
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -16,16 +17,17 @@ from typing import Literal
 
 import structlog
 
-from engine.batcher import BatchConfig, Batcher
+from engine.batcher import BatchConfig, Batcher, BatchReport
 from worker import kafka_clients, process_memory, thread_names
 from worker.budget import Budget
 from worker.clock import Clock, Deadline, SystemClock
 from worker.delays import DelayQueue
 from worker.engines import EngineLoader
-from worker.errors import DependencyError, FatalError
+from worker.errors import FatalError
 from worker.health import Health, HealthServer
-from worker.ledger import Ledger
+from worker.ledger import Ledger, Partition
 from worker.metrics import Metrics
+from worker.outcomes import Delayed, Engine, Waiting
 from worker.pipeline import Pipeline, Stages
 from worker.settings import Settings
 from worker.stages.cache import ScoreCache
@@ -40,6 +42,8 @@ log = structlog.get_logger(__name__)
 POLL_TIMEOUT_S = 0.1
 """Longest wait of one poll: bounds how late the main loop sees a signal, a failure or a due retry."""
 GAUGE_INTERVAL_S = 1.0
+MAX_DELAYED = 10_000
+"""Retries that may wait in memory; beyond, the retry topic is not read."""
 JOIN_TIMEOUT_S = 5.0
 LEAVE_TIMEOUT_S = 3.0
 """Granted to the last commit and the farewell to the group even when the drain took all of its time."""
@@ -94,14 +98,19 @@ class _Group(ConsumerObserver):
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self.joined = False
+        self.forget: Callable[[frozenset[Partition]], None] = lambda partitions: None
 
-    def rebalanced(
-        self, kind: Literal["assigned", "revoked", "lost"], partitions: frozenset[tuple[str, int]], repeated: int
-    ) -> None:
+    def revoking(self, partitions: frozenset[Partition]) -> None:
+        """What only waits for its time is dropped: its next owner reads it again."""
+        self.forget(partitions)
+
+    def rebalanced(self, kind: Literal["assigned", "revoked", "lost"], partitions: frozenset[Partition], repeated: int) -> None:
         """A partition that went leaves no lag behind; what was in flight will be read again by its next owner."""
         self._metrics.rebalances.labels(kind).inc()
-        self._metrics.events_repeated.inc(repeated)
+        self._metrics.events_duplicate.inc(repeated)
         self.joined = kind != "lost"
+        if kind == "lost":
+            self.forget(partitions)
         if kind != "assigned":
             for topic, partition in partitions:
                 self._metrics.forget_partition(topic, partition)
@@ -139,7 +148,7 @@ class App:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._signals())
             health = Health(self._clock, stale_after_s=self._settings.kafka.max_poll_interval_ms / 1000)
-            server = HealthServer(self._settings.http, health)
+            server = HealthServer(self._settings.http, health, self._metrics)
             server.start()
             stack.callback(server.close)
             self._build(stack, health)
@@ -152,26 +161,30 @@ class App:
     def _build(self, stack: contextlib.ExitStack, health: Health) -> None:
         """Make the stages in the order in which each needs the other, and start their threads."""
         settings, clock = self._settings, self._clock
-        policy = PolicyKeeper(settings.policy)
+        policy = PolicyKeeper(settings.policy, self._metrics)
         engine = self._loader.load()
-        policy.bind(engine.detector.bundle.manifest)
+        policy.bind(engine.detector)
         health.set("engine", True)
         kafka_clients.ensure_topics(settings.kafka, Deadline(settings.kafka.startup_timeout_s, clock))
         ledger = Ledger()
         budget = Budget(settings.kafka.max_in_flight, settings.kafka.max_in_flight_bytes, settings.fetch.max_bytes)
-        cache = ScoreCache(settings.cache, clock)
+        cache = ScoreCache(settings.cache, self._metrics, clock)
         fetcher = Fetcher(settings.fetch, clock)
-        decoder = Decoder(settings.decode, settings.engine.crops)
-        self._publisher = Publisher(settings.kafka, clock)
+        decoder = Decoder(settings.decode, settings.engine.crops, self._decoder_restarted)
+        self._publisher = Publisher(settings.kafka, clock=clock)
         self._consumer = Consumer(settings.kafka, ledger, self._group, clock=clock)
-        batcher = Batcher(_batch_config(settings), clock)
-        stages = Stages(ledger, budget, DelayQueue(), fetcher, cache, decoder, batcher, policy, self._publisher)
+        batcher: Batcher[Waiting] = Batcher(_batch_config(settings), clock.monotonic, observer=self._batch_ran)
+        delays: DelayQueue[Delayed] = DelayQueue(
+            MAX_DELAYED, settings.kafka.max_in_flight_bytes // 4, settings.fetch.retry_delay_max_s, clock
+        )
+        stages = Stages(ledger, budget, delays, fetcher, cache, decoder, batcher, policy, self._publisher)
         self._pipeline = Pipeline(settings, stages, engine, self._metrics, clock, on_room=self._consumer.wake)
-        for part in (engine.detector, cache, fetcher):
+        self._group.forget = self._pipeline.forget
+        for part in (cache, fetcher):
             stack.callback(part.close)
         decoder.start()
         stack.callback(lambda: decoder.close(Deadline(JOIN_TIMEOUT_S)))
-        self._start_threads(decoder.workers, policy)
+        self._start_threads(decoder.threads, policy)
 
     def _start_threads(self, decoders: int, policy: PolicyKeeper) -> None:
         pipeline = self._pipeline
@@ -179,7 +192,7 @@ class App:
             self._crew.start(f"fetch-{index}", pipeline.fetch_loop)
         self._crew.start("cache", pipeline.cache_loop)
         for index in range(decoders):
-            self._crew.start(f"decode-{index}", lambda index=index: pipeline.decode_loop(index))
+            self._crew.start(f"decode-{index}", functools.partial(pipeline.decode_loop, index))
         self._crew.start("engine", pipeline.engine_loop)
         self._crew.start("publish", pipeline.publish_loop)
         self._crew.start("watch", lambda: self._watch(policy))
@@ -196,9 +209,9 @@ class App:
         self._crew.check()
         self._publisher.check()
         room = self._pipeline.room() if reading else 0
+        self._consumer.hold(self._settings.kafka.retry_topic, self._pipeline.retries_full)
         self._pipeline.accept(self._consumer.poll(room, POLL_TIMEOUT_S))
         self._pipeline.release_due()
-        self._pipeline.forget_stale()
         self._commit_if_due()
         health.set("group", self._group.joined)
         self._observe()
@@ -237,6 +250,17 @@ class App:
         for (topic, partition), lag in self._consumer.lag().items():
             self._metrics.consumer_lag.labels(topic, str(partition)).set(lag)
 
+    def _decoder_restarted(self, reason: str) -> None:
+        self._metrics.decoder_restarts.labels(reason).inc()
+
+    def _batch_ran(self, report: BatchReport) -> None:
+        """Count a batch; called in the engine thread."""
+        self._metrics.batches.labels(report.reason).inc()
+        self._metrics.batch_size.observe(report.size)
+        self._metrics.inference.observe(report.infer_s)
+        for wait_s in report.waits_s:
+            self._metrics.queue_wait.observe(wait_s)
+
     # -- watchers ------------------------------------------------------------------------------------------------
 
     def _watch(self, policy: PolicyKeeper) -> None:
@@ -250,10 +274,16 @@ class App:
                 policy.reload_if_changed()
             if settings.engine.watch_bundle_s and now >= next_bundle:
                 next_bundle = now + settings.engine.watch_bundle_s
-                engine = self._loader.load_if_changed()
-                if engine is not None:
-                    policy.bind(engine.detector.bundle.manifest)
-                    self._pipeline.swap(engine)
+                self._loader.follow(self._take_over(policy))
+
+    def _take_over(self, policy: PolicyKeeper) -> Callable[[Engine], None]:
+        """How a new engine goes into service: the policy first, so that no score meets a policy that does not know it."""
+
+        def take_over(engine: Engine) -> None:
+            policy.bind(engine.detector)
+            self._pipeline.swap(engine)
+
+        return take_over
 
     # -- signals -------------------------------------------------------------------------------------------------
 
@@ -282,6 +312,3 @@ def _batch_config(settings: Settings) -> BatchConfig:
         max_queue_size=batch.max_queue_size,
         priority_levels=batch.priority_levels,
     )
-
-
-__all__ = ["App", "DependencyError"]

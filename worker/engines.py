@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class EngineLoader:
         self._settings = settings
         self._metrics = metrics
         self._loaded: Path | None = None
+        self._complaint: str | None = None
 
     def load(self) -> Engine:
         """Open and warm the detector.
@@ -38,9 +40,8 @@ class EngineLoader:
         from engine import bundle
         from engine.backends.base import BackendUnavailable, DeviceError
 
-        settings = self._settings.engine
         try:
-            path = bundle.resolve(settings.bundle)
+            path = self._path()
             engine = self._open(path)
         except bundle.BundleError as error:
             raise ConfigurationError(f"WORKER_ENGINE__BUNDLE: {error}") from error
@@ -49,26 +50,35 @@ class EngineLoader:
         except DeviceError as error:
             raise DependencyError(f"the device failed: {error}") from error
         self._loaded = path
+        self._metrics.set_engine(engine.model.version, engine.model.backend, engine.model.device)
         return engine
 
-    def load_if_changed(self) -> Engine | None:
-        """The successor, warmed, when CURRENT names another version; None when it does not or the new one is unusable."""
+    def follow(self, take_over: Callable[[Engine], None]) -> None:
+        """When CURRENT names another version, open and warm it and hand it over; the old one stays if anything fails."""
         from engine import bundle
         from engine.backends.base import BackendError
 
         try:
-            path = bundle.resolve(self._settings.engine.bundle)
+            path = self._path()
             if path == self._loaded:
-                return None
+                return
             engine = self._open(path)
-        except (bundle.BundleError, BackendError) as error:
-            log.warning("bundle.refused", error=str(error), kept=str(self._loaded.name if self._loaded else None))
-            self._metrics.bundle_swaps.labels("failed").inc()
-            return None
-        self._loaded = path
+            take_over(engine)
+        except (bundle.BundleError, BackendError, ConfigurationError) as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                log.warning("bundle.refused", error=str(error), kept=self._loaded.name if self._loaded else None)
+                self._metrics.bundle_swaps.labels("failed").inc()
+            return
+        self._loaded, self._complaint = path, None
+        self._metrics.set_engine(engine.model.version, engine.model.backend, engine.model.device)
         self._metrics.bundle_swaps.labels("ok").inc()
         log.info("bundle.swapped", model=engine.model.name, version=engine.model.version)
-        return engine
+
+    def _path(self) -> Path:
+        from engine import bundle
+
+        return bundle.resolve(self._settings.engine.bundle or bundle.packaged())
 
     def _open(self, path: Path) -> Engine:
         from engine.detector import Detector
@@ -84,7 +94,6 @@ class EngineLoader:
             threads=settings.engine.threads,
         )
         detector.warm_up((1, *settings.batch.preferred_sizes, settings.batch.max_batch_size))
-        self._metrics.set_engine(detector.version, detector.backend_name, detector.device)
         log.info(
             "engine.loaded",
             backend=detector.backend_name,

@@ -14,7 +14,7 @@ import queue
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import structlog
@@ -25,10 +25,11 @@ from worker import contracts
 from worker.budget import Budget
 from worker.clock import Clock
 from worker.delays import DelayQueue
+from worker.envelopes import open_retry
 from worker.errors import Code, ItemError, TransientItemError
 from worker.items import Decoded, Delivery, Event, Fetched, Item, Position, Record, Scored, Scores, Timings
 from worker.lanes import Closed, Lanes
-from worker.ledger import Ledger
+from worker.ledger import Ledger, Partition
 from worker.metrics import Metrics
 from worker.outcomes import Delayed, Engine, Failed, Flight, Inferred, Outcome, Postponed, Receipts, Waiting
 from worker.settings import Settings
@@ -36,10 +37,9 @@ from worker.stages.cache import CachedScore, ScoreCache
 from worker.stages.decode import Decoder
 from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
-from worker.stages.publish import Publisher, delivery_of
+from worker.stages.publish import Publisher
 from worker.stages.single_flight import SingleFlight
 
-T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 IN_PLACE_DELAY_S = 0.2
@@ -97,14 +97,9 @@ class Pipeline:
     # -- main thread ---------------------------------------------------------------------------------------------
 
     @property
-    def in_flight(self) -> int:
-        """Events accepted and not finished, those that wait for their retry included."""
-        return self._stages.budget.events
-
-    @property
     def active(self) -> int:
-        """Events accepted and not finished, without those that only wait for their retry time."""
-        return self._stages.budget.events - len(self._stages.delays)
+        """Events on their way; those that only wait for the time of their retry are not among them."""
+        return self._stages.budget.events
 
     @property
     def engine(self) -> Engine:
@@ -116,30 +111,35 @@ class Pipeline:
         return self._stages.budget.room()
 
     def accept(self, records: list[Record]) -> None:
-        """Take records into the books: charged to the budget, then on their way (retries once their time has come)."""
-        now = self._clock.time()
+        """Take records that were read: charged to the budget and on their way, retries once their time has come.
+
+        What waits for its time is bounded by the delay queue alone: a host that is down must not close the intake.
+        """
         for record in records:
-            self._stages.budget.charge(record.size_bytes)
+            delivery = Delivery()
+            partition = (record.position.topic, record.position.partition)
+            if record.position.topic == self._settings.kafka.retry_topic:
+                record, delivery = open_retry(record)
             self._metrics.events_received.inc()
-            is_retry = record.position.topic == self._settings.kafka.retry_topic
-            delivery = delivery_of(record.headers) if is_retry else Delivery()
-            due = delivery.not_before
-            if due is not None and due > now:
-                latest = now + self._settings.fetch.retry_delay_max_s
+            if delivery.not_before is not None and delivery.not_before > self._clock.time():
                 self._stages.ledger.abandon(record.position)  # a revoke need not wait for what only waits itself
-                self._stages.delays.push(Delayed(record, delivery), min(due, latest))
+                self._stages.delays.push(Delayed(record, delivery), delivery.not_before, partition, record.size_bytes)
             else:
                 self._admit(record, delivery)
 
     def release_due(self) -> None:
-        """Let retries go whose time has come."""
-        for delayed in self._stages.delays.pop_due(self._clock.time()):
+        """Let retries go whose time has come, as far as there is room."""
+        for delayed in self._stages.delays.pop_due(self.room()):
             self._admit(delayed.record, delayed.delivery)
 
-    def forget_stale(self) -> None:
-        """Drop waiting retries whose partition was taken away."""
-        for delayed in self._stages.delays.discard(lambda waiting: not self._is_current(waiting.record.position)):
-            self._settle(delayed.record, counted=False)
+    def forget(self, partitions: frozenset[Partition]) -> None:
+        """Drop retries that wait, of partitions that are being taken away: their next owner reads them. From any thread."""
+        self._stages.delays.drop(partitions)
+
+    @property
+    def retries_full(self) -> bool:
+        """Whether no more of the retry topic should be read until some of it is due."""
+        return self._stages.delays.full
 
     def observe(self) -> None:
         """Set the gauges of what is in flight."""
@@ -160,6 +160,7 @@ class Pipeline:
         self._to_publish.put(None)
 
     def _admit(self, record: Record, delivery: Delivery) -> None:
+        self._stages.budget.charge(record.size_bytes)
         timings = Timings(started=self._clock.monotonic())
         try:
             event = contracts.parse(record, self._limits, delivery.origin)
@@ -191,7 +192,9 @@ class Pipeline:
             self._to_cache.put(fetched)
             return
         self._stages.budget.release(reserved_bytes)
-        if isinstance(error, TransientItemError) and made < self._settings.fetch.attempts:
+        if isinstance(error, TransientItemError) and not error.attempted:
+            self._postpone(item, error, made - 1)  # its host was left alone: that is no attempt of this event
+        elif isinstance(error, TransientItemError) and made < self._settings.fetch.attempts:
             self._postpone(item, error, made)
         elif error is not None:
             item = replace(item, delivery=replace(item.delivery, attempt=made))
@@ -208,7 +211,7 @@ class Pipeline:
             try:
                 return self._stages.fetcher.fetch(item), None, made
             except ItemError as error:
-                quick = error.code is Code.FETCH_UNAVAILABLE and made == 1 < self._settings.fetch.attempts
+                quick = error.code is Code.FETCH_UNAVAILABLE and made == 1 < self._settings.fetch.attempts and _attempted(error)
                 if not quick:
                     return None, error, made
                 self._metrics.retries.labels(error.code.value).inc()
@@ -224,13 +227,14 @@ class Pipeline:
         delay_s = limits.retry_delay_s * 4 ** max(0, made - 2)
         delay_s = min(max(delay_s, error.retry_after_s or 0.0), limits.retry_delay_max_s)
         self._metrics.retries.labels(error.code.value).inc()
-        next_try = replace(item, delivery=replace(item.delivery, attempt=made + 1))
-        self._to_publish.put(Postponed(next_try, error, delay_s))
+        failed = replace(item, delivery=replace(item.delivery, attempt=made))
+        self._to_publish.put(Postponed(failed, error, delay_s))
 
     # -- cache thread --------------------------------------------------------------------------------------------
 
     def cache_loop(self) -> None:
         """Ask and fill the cache, several digests a round trip; send identical images to the one already in flight."""
+        entries: list[Fetched | CachedScore]
         for entries in _rounds(self._to_cache, CACHE_ROUND):
             engine = self._engine
             asking: list[Fetched] = []
@@ -246,8 +250,7 @@ class Pipeline:
                 cached = found.get(fetched.sha256)
                 if cached is not None:
                     self._stages.budget.release(len(fetched.data))
-                    info = cached.info(fetched.sha256)
-                    self._to_publish.put(Scored(fetched.item, info, cached.scores, engine.model, cache_hit=True))
+                    self._to_publish.put(Scored(fetched.item, cached.info(), cached.scores, engine.model, cache_hit=True))
                 else:
                     self._take_off(fetched, Flight(engine.scope, fetched.sha256))
             self._stages.cache.put_many([entry for entry in entries if isinstance(entry, CachedScore)])
@@ -305,6 +308,7 @@ class Pipeline:
 
     def publish_loop(self) -> None:
         """Turn outcomes into records: policy, verdict, dead letter, retry; the broker's receipt ends the event."""
+        outcomes: list[Outcome]
         for outcomes in _rounds(self._to_publish, PUBLISH_ROUND):
             for outcome in outcomes:
                 match outcome:
@@ -357,18 +361,23 @@ class Pipeline:
         if self._drop_if_stale(record):
             return
         receipts = Receipts(1 if event is None else 2, lambda: self._settle(record))
-        delivery = replace(failed.delivery, first_seen=failed.delivery.first_seen or self._clock.time())
-        self._stages.publisher.dead_letter(record, failed.error.code, failed.error.message, delivery, receipts)
+        code = failed.error.code
+
+        def buried() -> None:
+            self._metrics.dead_letters.labels(code.value).inc()
+            receipts()
+
+        self._stages.publisher.dead_letter(record, code, failed.error.message, failed.delivery, buried)
         if event is None:
             return
         verdict = contracts.build_verdict(
             event=event,
-            source=delivery.origin or record.position,
+            source=failed.delivery.origin or record.position,
             model=self._engine.model,
             decision=self._stages.policy.undetermined(event.tenant),
             processed_at=self._clock.time(),
             sha256=failed.sha256,
-            reason=failed.error.code,
+            reason=code,
             timings=failed.timings,
             finished=self._clock.monotonic(),
         )
@@ -378,11 +387,8 @@ class Pipeline:
         record = postponed.item.record
         if self._drop_if_stale(record):
             return
-        first_seen = postponed.item.delivery.first_seen or self._clock.time()
-        delivery = replace(postponed.item.delivery, first_seen=first_seen)
-        self._stages.publisher.retry(
-            record, delivery, postponed.delay_s, postponed.error.code, Receipts(1, lambda: self._settle(record))
-        )
+        receipts = Receipts(1, lambda: self._settle(record))
+        self._stages.publisher.retry(record, postponed.item.delivery, postponed.delay_s, postponed.error.code, receipts)
 
     def _send_verdict(self, verdict: contracts.Verdict, record: Record, event: Event, source: str, receipts: Receipts) -> None:
         uploaded_at = event.uploaded_at if event.uploaded_at is not None else record.timestamp_ms / 1000
@@ -415,15 +421,19 @@ class Pipeline:
         self._on_room()
 
 
+def _attempted(error: ItemError) -> bool:
+    return not isinstance(error, TransientItemError) or error.attempted
+
+
 def _failed(item: Item, error: ItemError, sha256: str | None = None) -> Failed:
     return Failed(item.record, item.delivery, error, item.event, item.timings, sha256)
 
 
-def _rounds(source: queue.SimpleQueue[T | None], at_most: int) -> Iterator[list[T]]:
+def _rounds(source: queue.SimpleQueue[Any], at_most: int) -> Iterator[list[Any]]:
     """What stands in the queue, in lists of at most `at_most`: waits for the first, takes the rest at once; ends at None."""
     while True:
         entry = source.get()
-        entries: list[T] = []
+        entries: list[Any] = []
         while entry is not None:
             entries.append(entry)
             if len(entries) == at_most or source.empty():

@@ -31,6 +31,8 @@ class WorkerProcess:
 
     def start(self, ready_within_s: float = 60) -> Self:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
+        if bundle := os.environ.get("BLACKBOX_BUNDLE"):
+            environment["WORKER_ENGINE__BUNDLE"] = bundle
         environment |= {"WORKER_HTTP__PORT": str(self.port), "WORKER_KAFKA__CREATE_TOPICS": "true", **self._settings}
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "worker", "run"], env=environment, stderr=log, stdout=log)
@@ -89,7 +91,7 @@ class Topic:
     def __init__(self, bootstrap: str, topic: str) -> None:
         self._topic = topic
         self._consumer = Consumer(
-            {"bootstrap.servers": bootstrap, "group.id": f"look-{topic}", "enable.auto.commit": False, "fetch.wait.max.ms": 50}
+            {"bootstrap.servers": bootstrap, "group.id": f"look-{topic}", "enable.auto.commit": False, "fetch.wait.max.ms": 50, "log_level": 0}
         )
         self._assigned = False
         self.records: list[tuple[bytes | None, bytes | None, dict[str, bytes]]] = []
@@ -122,7 +124,7 @@ def verdicts_by_event(topic: Topic) -> dict[str, dict[str, dict[str, object]]]:
 
 def uncommitted(bootstrap: str, group: str, topic: str) -> int:
     """Records of the topic that the group has not committed."""
-    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": group, "enable.auto.commit": False})
+    consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": group, "enable.auto.commit": False, "log_level": 0})
     try:
         partitions = [TopicPartition(topic, p) for p in consumer.list_topics(topic, timeout=10).topics[topic].partitions]
         left = 0
