@@ -50,7 +50,7 @@ except OSError as error:
 """
 
 
-class _Child:
+class Child:
     """One server process on a free port of loopback: starts, answers, stops.
 
     Raises:
@@ -58,6 +58,7 @@ class _Child:
     """
 
     name = "server"
+    ready_timeout_s = READY_TIMEOUT_S
 
     def __init__(self, log_file: Path | None = None, port: int = 0) -> None:
         self._log_file = log_file
@@ -86,7 +87,7 @@ class _Child:
                 self.stop()
                 problem = _complaint(log) or f"exit code {self._returncode()}"
             if alive:
-                raise DependencyError(f"embedded {self.name}: no answer in {READY_TIMEOUT_S:.0f} s")
+                raise DependencyError(f"embedded {self.name}: no answer in {self.ready_timeout_s:.0f} s")
         raise DependencyError(f"embedded {self.name} on port {self.port}: {problem}")
 
     def stop(self, grace_s: float = 5.0) -> None:
@@ -100,6 +101,13 @@ class _Child:
         if self._keeper is not None:
             self._keeper.join()
             self._keeper = None
+
+    def complaint(self) -> str:
+        """The last line of its log that tells of a failure; empty without a log file."""
+        if self._log_file is None:
+            return ""
+        with self._log_file.open("rb") as log:
+            return _complaint(log)
 
     def kill(self) -> None:
         """End it at once, as a crash would (SIGKILL); `restart` brings it back."""
@@ -163,7 +171,7 @@ class _Child:
             raise DependencyError(f"embedded {self.name}: cannot start: {failure[0].strerror}") from failure[0]
 
     def _wait_ready(self) -> bool:
-        deadline = time.monotonic() + READY_TIMEOUT_S
+        deadline = time.monotonic() + self.ready_timeout_s
         while time.monotonic() < deadline:
             if self.pid is None:
                 return False
@@ -184,7 +192,7 @@ class _Child:
         return self._process.returncode if self._process else None
 
 
-class EmbeddedBroker(_Child):
+class EmbeddedBroker(Child):
     """A Kafka-compatible broker in memory. Topics are created by clients (`create_topics`), never by themselves."""
 
     name = "broker"
@@ -222,7 +230,7 @@ class EmbeddedBroker(_Child):
             return self._cluster_id.encode() in _receive(connection, min(size, 65536))
 
 
-class EmbeddedCache(_Child):
+class EmbeddedCache(Child):
     """A Redis-compatible cache in memory, nothing written to disk."""
 
     name = "cache"

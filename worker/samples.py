@@ -7,6 +7,7 @@ good the detector is. Give the demo images of your own (`make demo IMAGES=DIR`) 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ def write_samples(folder: Path, seed: int = 7) -> list[Path]:
     """Write the samples into `folder` and return their paths; the same seed gives the same pictures."""
     rng = np.random.default_rng(seed)
     written = []
-    for name, picture, options in (
+    pictures: tuple[tuple[str, Image.Image, dict[str, Any]], ...] = (
         ("dunes.jpg", _dunes(rng, 640, 480), {"quality": 90}),
         ("harbour.png", _shapes(rng, 512, 384), {}),
         ("nebula.webp", _clouds(rng, 512, 512), {"quality": 80}),
@@ -27,7 +28,8 @@ def write_samples(folder: Path, seed: int = 7) -> list[Path]:
         ("sticker.png", _sticker(rng, 320, 320), {}),
         ("icon.png", _shapes(rng, 96, 96), {}),
         ("dunes-again.jpg", _dunes(np.random.default_rng(seed), 640, 480), {"quality": 90}),
-    ):
+    )
+    for name, picture, options in pictures:
         path = folder / name
         picture.save(path, **options)
         written.append(path)

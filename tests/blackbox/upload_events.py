@@ -88,7 +88,13 @@ def produce(plans: list[Plan], bootstrap: str, topic: str) -> None:
     """Send them through four producers, a codec each, and wait for every acknowledgement."""
     producers = {
         codec: Producer(
-            {"bootstrap.servers": bootstrap, "compression.type": codec, "linger.ms": 20, "message.max.bytes": 4_000_000, "log_level": 0}
+            {
+                "bootstrap.servers": bootstrap,
+                "compression.type": codec,
+                "linger.ms": 20,
+                "message.max.bytes": 4_000_000,
+                "log_level": 0,
+            }
         )
         for codec in CODECS
     }
@@ -102,7 +108,9 @@ def produce(plans: list[Plan], bootstrap: str, topic: str) -> None:
         producer = producers[CODECS[number % len(CODECS)]]
         while True:
             try:
-                producer.produce(topic, value=plan.value, headers=plan.headers, key=plan.event_id or b"no id", on_delivery=delivered)
+                producer.produce(
+                    topic, value=plan.value, headers=plan.headers, key=plan.event_id or b"no id", on_delivery=delivered
+                )
                 break
             except BufferError:
                 producer.poll(0.1)

@@ -91,7 +91,13 @@ class Topic:
     def __init__(self, bootstrap: str, topic: str) -> None:
         self._topic = topic
         self._consumer = Consumer(
-            {"bootstrap.servers": bootstrap, "group.id": f"look-{topic}", "enable.auto.commit": False, "fetch.wait.max.ms": 50, "log_level": 0}
+            {
+                "bootstrap.servers": bootstrap,
+                "group.id": f"look-{topic}",
+                "enable.auto.commit": False,
+                "fetch.wait.max.ms": 50,
+                "log_level": 0,
+            }
         )
         self._assigned = False
         self.records: list[tuple[bytes | None, bytes | None, dict[str, bytes]]] = []

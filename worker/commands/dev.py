@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import json
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from worker.errors import ConfigurationError, FatalError
 from worker.settings import Settings, environment_name
 
 ONCE_TIMEOUT_S = 120.0
+INLINE_LIMIT_BYTES = 512 * 1024
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 
 
@@ -123,13 +126,11 @@ def _reloaded() -> Settings:
 
 def _show(settings: Settings, images: list[Path], worker: _Worker, interrupted: threading.Event, *, once: bool) -> int:
     """Upload the images and print verdicts; returns the exit code."""
-    from worker.commands.watch import verdicts
-
     waiting = _upload(settings, images) if images else {}
     total = len(waiting)
     deadline = time.monotonic() + ONCE_TIMEOUT_S
     _print_row("image", "label", "score", "action", "reason", "cache", "ms")
-    for verdict in verdicts(settings, from_beginning=True, poll_s=0.2):
+    for verdict in _verdicts(settings):
         if verdict is not None:
             name = waiting.pop(str(verdict["event_id"]), str(verdict["event_id"]))
             _print_verdict(name, verdict)
@@ -148,12 +149,49 @@ def _show(settings: Settings, images: list[Path], worker: _Worker, interrupted: 
     return 0
 
 
+def _verdicts(settings: Settings) -> Iterator[dict[str, Any] | None]:
+    """Every verdict of the topic from its beginning, and None whenever there is none for a moment."""
+    from kafka import TopicPartition
+
+    from worker.kafka_clients import open_consumer
+
+    topic = settings.kafka.verdict_topic
+    consumer = open_consumer(settings.kafka, group=False, auto_offset_reset="earliest")
+    try:
+        consumer.assign([TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()])
+        while True:
+            for records in consumer.poll(timeout_ms=200).values():
+                for record in records:
+                    yield json.loads(record.value)
+            yield None
+    finally:
+        consumer.close()
+
+
 def _upload(settings: Settings, images: list[Path]) -> dict[str, str]:
     """Publish an event for each image, by turns as a file URL, inline in JSON and raw. Returns names by event id."""
-    from worker.commands.submit import FORMS, Submission, submit
+    from worker.kafka_clients import open_producer
 
-    submissions = [Submission(path, FORMS[number % len(FORMS)]) for number, path in enumerate(images)]
-    return {event_id: path.name for event_id, path in zip(submit(settings, submissions), images, strict=True)}
+    names = {}
+    producer = open_producer(settings.kafka)
+    for number, path in enumerate(images):
+        event_id = str(uuid.uuid4())
+        value, headers = _event(path, event_id, number % 3)
+        producer.send(settings.kafka.upload_topics[0], value=value, key=event_id.encode(), headers=headers)
+        names[event_id] = path.name
+    producer.flush(timeout=ONCE_TIMEOUT_S)
+    producer.close()
+    return names
+
+
+def _event(path: Path, event_id: str, form: int) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """Value and headers of an upload event: 0 a file URL, 1 base64 in JSON, 2 the bytes themselves; large files by URL."""
+    if form == 0 or path.stat().st_size > INLINE_LIMIT_BYTES:
+        return json.dumps({"event_id": event_id, "image": {"url": path.as_uri()}}).encode(), []
+    data = path.read_bytes()
+    if form == 1:
+        return json.dumps({"event_id": event_id, "image": {"bytes": base64.b64encode(data).decode()}}).encode(), []
+    return data, [("content-type", b"image/*"), ("event_id", event_id.encode())]
 
 
 def _print_verdict(name: str, verdict: dict[str, Any]) -> None:
@@ -166,9 +204,3 @@ def _print_verdict(name: str, verdict: dict[str, Any]) -> None:
 
 def _print_row(name: str, label: str, score: str, action: str, reason: str, cache: str, milliseconds: str) -> None:
     print(f"{name[:36]:<37}{label:<14}{score:>6}  {action:<8}{reason:<24}{cache:<6}{milliseconds:>6}", flush=True)
-
-
-def _lines(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            yield str(json.loads(line).get("event", line))
