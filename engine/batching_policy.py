@@ -45,7 +45,7 @@ class BatchConfig:
     priority_levels: int = 2
     """0 is the most urgent; larger priorities count as the last level."""
     bulk_share: float = 0.125
-    """Share of an overfull batch that is kept for the oldest items of less urgent levels."""
+    """Share of an overfull batch that is kept for the oldest items of less urgent levels; at most a half."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_queue_size", "priority_levels"):
@@ -55,8 +55,8 @@ class BatchConfig:
             raise ValueError(f"max_queue_delay_microseconds must not be negative: {self.max_queue_delay_microseconds}")
         if any(not 1 <= size <= self.max_batch_size for size in self.preferred_batch_size):
             raise ValueError(f"preferred_batch_size {self.preferred_batch_size} must lie within 1 and {self.max_batch_size}")
-        if not 0 < self.bulk_share < 1:
-            raise ValueError(f"bulk_share must lie between 0 and 1, not {self.bulk_share}")
+        if not 0 < self.bulk_share <= 0.5:
+            raise ValueError(f"bulk_share must lie above 0 and be at most 0.5, not {self.bulk_share}")
 
     @property
     def leaves_at(self) -> int:
@@ -244,7 +244,8 @@ class BatchQueue(Generic[T]):
         while used < int(self._credit) and (heads := [level for level in lower if self._levels[level]]):
             oldest = min(heads, key=lambda level: self._levels[level][0].sequence)
             used += self._advance(oldest, int(self._credit) - used, taken)
-        self._credit -= used
+        starving = any(self._waiting[level] for level in lower)
+        self._credit = self._credit - used if starving else 0.0
         return used
 
     def _advance(self, level: int, room: int, taken: dict[Entry[T], int]) -> int:

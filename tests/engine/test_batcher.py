@@ -121,7 +121,7 @@ def running(batcher: Batcher[Any], engine: Callable[[], Any]) -> Iterator[Told]:
     def own() -> None:
         try:
             batcher.run(engine, told.on_done, told.on_error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             told.fatal = error
 
     thread = threading.Thread(target=own, daemon=True)
@@ -177,7 +177,7 @@ def test_many_threads_lose_and_double_nothing(engine: Echo) -> None:
             batcher.submit(crops(value, 1 + value % 5), priority=value % 4, context=value)
 
     with running(batcher, always(engine)) as told:
-        producers = [threading.Thread(target=produce, args=(worker,)) for worker in range(6)]
+        producers = [threading.Thread(target=produce, args=(worker,), daemon=True) for worker in range(6)]
         for producer in producers:
             producer.start()
         for producer in producers:
@@ -312,7 +312,7 @@ def test_close_frees_those_who_wait_for_room() -> None:
         except BatcherClosed as error:
             raised.append(error)
 
-    waiters = [threading.Thread(target=wait) for _ in range(3)]
+    waiters = [threading.Thread(target=wait, daemon=True) for _ in range(3)]
     for waiter in waiters:
         waiter.start()
     time.sleep(0.05)
@@ -476,3 +476,69 @@ def test_an_idle_batcher_uses_no_processor_time() -> None:
         time.sleep(0.5)
         used = time.process_time() - before
     assert used < 0.05
+
+
+def test_those_who_wait_for_room_are_served_in_order_whatever_their_size() -> None:
+    batcher = make(max_batch_size=4, max_queue_size=4, max_queue_delay_microseconds=0)
+    batcher.submit(crops(0, 3), 0, "first")
+    threads = []
+    for name, k in (("large", 4), ("small", 1)):
+        threads.append(threading.Thread(target=batcher.submit, args=(crops(1, k), 0, name), daemon=True))
+        threads[-1].start()
+        time.sleep(0.05)
+    assert batcher.queued == 3, "the small one has overtaken the large one"
+    with running(batcher, always(Echo())) as told:
+        told.wait_for(3)
+        for thread in threads:
+            thread.join(5)
+    assert told.order == ["first", "large", "small"]
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["expired", "guilty"])
+def test_room_that_a_failed_item_leaves_is_given_to_those_who_wait(late: bool) -> None:
+    def fails(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        if (scores[:, 0] == 7).any():
+            raise RuntimeError("a poisonous image")
+        return scores
+
+    batcher = make(max_batch_size=4, max_queue_size=4, max_queue_delay_microseconds=60_000_000, preferred_batch_size=(4,))
+    deadline = time.monotonic() + 0.3
+    batcher.submit(crops(7, 3 if late else 100), 0, "fails", deadline=deadline if late else None)
+    waiter = threading.Thread(target=batcher.submit, args=(crops(1, 4), 0, "waits"), daemon=True)
+    waiter.start()
+    engine = Echo(0.05, fails=fails)
+    if late:
+        time.sleep(0.35)
+    with running(batcher, always(engine)) as told:
+        told.wait_for(2)
+        waiter.join(5)
+    assert list(told.done) == ["waits"] and list(told.errors) == ["fails"]
+
+
+def test_device_time_of_overlapping_batches_is_counted_once() -> None:
+    reports: list[BatchReport] = []
+    batcher, engine = make(reports, max_batch_size=4, max_queue_delay_microseconds=0), OverlappedEcho(0.02)
+    for value in range(40):
+        batcher.submit(crops(value), 0, value)
+    started = time.monotonic()
+    with running(batcher, always(engine)) as told:
+        told.wait_for(40)
+        took = time.monotonic() - started
+    assert engine.most_under_way == 2
+    assert 0.2 <= sum(report.infer_s for report in reports) <= took + 0.01
+
+
+def test_batches_are_put_together_in_as_many_buffers_as_may_be_under_way() -> None:
+    seen: set[int] = set()
+
+    class Remembers(OverlappedEcho):
+        def submit(self, batch: NDArray[np.uint8]) -> object:
+            seen.add(batch.__array_interface__["data"][0])
+            return super().submit(batch)
+
+    batcher, engine = make(max_batch_size=4, max_queue_delay_microseconds=0), Remembers()
+    with running(batcher, always(engine)) as told:
+        for value in range(200):
+            batcher.submit(crops(value), 0, value)
+        told.wait_for(200)
+    assert len(seen) <= 2
