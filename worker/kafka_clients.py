@@ -27,6 +27,8 @@ PARTITION_FETCH_BYTES = 2**20
 """A fetch asks for this much a partition; a larger first batch still comes whole (KIP-74), so it bounds memory, not records."""
 HEARTBEAT_MS = 1_000
 """A rebalance waits for every member's next heartbeat, so a short one keeps stalls short (Kafka's default is 3 s)."""
+MIN_BATCH_LIMIT_BYTES = 64 * 2**20
+"""A batch may unpack to this, or to four of the largest records; one that would to more is a bomb, and unreadable."""
 FOREVER_MS = 2**31 - 1
 TOPIC_POLL_S = 0.25
 
@@ -117,7 +119,11 @@ def open_consumer(settings: KafkaSettings, *, group: bool = True, **overrides: A
     """
     from kafka import KafkaConsumer
 
-    return _connect(settings, lambda: KafkaConsumer(**(consumer_options(settings, group=group) | overrides)))
+    from worker.batch_guard import guard
+
+    consumer = _connect(settings, lambda: KafkaConsumer(**(consumer_options(settings, group=group) | overrides)))
+    guard(consumer, max(MIN_BATCH_LIMIT_BYTES, 4 * settings.max_record_bytes))
+    return consumer
 
 
 def open_producer(settings: KafkaSettings, **overrides: Any) -> KafkaProducer:

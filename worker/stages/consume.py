@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
@@ -18,6 +19,7 @@ from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.future import Future
 from kafka.structs import OffsetAndMetadata
 
+from worker.batch_guard import Unreadable
 from worker.clock import Clock, Deadline, SystemClock
 from worker.errors import ConfigurationError, DependencyError
 from worker.items import Record
@@ -67,6 +69,13 @@ class ConsumerObserver:
 
     def committed(self, ok: bool) -> None:
         """A commit was confirmed or failed; a failed one is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableRecord(Record):
+    """Where a record or a whole batch stands that cannot be decoded: owed one dead letter (`event.malformed`)."""
+
+    reason: str
 
 
 class Consumer:
@@ -196,13 +205,14 @@ class Consumer:
         return [self._record(raw) for batch in answer.values() for raw in batch]
 
     def _record(self, raw: Any) -> Record:
-        return Record(
-            position=self._ledger.track(raw.topic, raw.partition, raw.offset),
-            key=raw.key,
-            value=raw.value,
-            headers=tuple(raw.headers),
-            timestamp_ms=raw.timestamp,
-        )
+        position = self._ledger.track(raw.topic, raw.partition, raw.offset)
+        if isinstance(raw.value, Unreadable):
+            first = raw.value.first_offset
+            stretch = f"offset {raw.offset}" if first >= raw.offset else f"offsets {first} to {raw.offset}"
+            reason = f"cannot be read at {stretch}: {raw.value.reason}"
+            log.error("consumer.unreadable", topic=raw.topic, partition=raw.partition, offset=raw.offset, reason=reason)
+            return UnreadableRecord(position, None, None, (), int(self._clock.time() * 1000), reason)
+        return Record(position, raw.key, raw.value, tuple(raw.headers), raw.timestamp)
 
     # --------------------------------------------------------------- committing
     def commit(self, deadline: Deadline | None = None) -> bool:
