@@ -52,6 +52,13 @@ def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
     _route_standard_library(max(level, logging.WARNING), shared, renderer, lines)
 
 
+def silence() -> None:
+    """For commands whose output is a report: what libraries and our own stages log is not shown."""
+    root = logging.getLogger()
+    root.addHandler(logging.NullHandler())  # without any handler the standard library writes warnings to standard error
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+
 def mask_urls(text: str) -> str:
     """Every URL in `text` without user, password, query and fragment."""
     if "://" not in text:
@@ -103,8 +110,10 @@ def _route_standard_library(
     root = logging.getLogger()
     for old in [old for old in root.handlers if isinstance(old, _ForeignHandler)]:
         root.removeHandler(old)
+    handler.setLevel(level)
     root.addHandler(handler)
-    root.setLevel(level)
+    # Not `level`: other handlers read warnings too (`kafka_clients` learns from them why a connection failed).
+    root.setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from tests.worker.fake_clock import FakeClock
-from worker.log import RateLimit, configure, mask_urls
+from worker.log import RateLimit, configure, mask_urls, silence
 from worker.settings import LogSettings
 
 
@@ -110,6 +110,34 @@ def test_other_libraries_log_from_warning_on_in_the_same_form() -> None:
     assert (first["event"], first["logger"], first["level"]) == ("lost broker", "kafka.conn", "warning")
     assert "wrong arguments" not in out.getvalue()
     assert out.getvalue().count("\n") == 2
+
+
+def test_a_higher_level_mutes_other_libraries_but_not_other_handlers() -> None:
+    out = written("ERROR")
+    heard: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    logger = logging.getLogger("kafka.net.manager")
+    listener = Listener()
+    logger.addHandler(listener)
+    try:
+        logger.warning("why it failed")
+    finally:
+        logger.removeHandler(listener)
+    assert heard == ["why it failed"]
+    assert out.getvalue() == ""
+
+
+def test_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    logging.getLogger().handlers.clear()
+    silence()
+    structlog.get_logger().error("x")
+    logging.getLogger("kafka").error("y")
+    written_ = capfd.readouterr()
+    assert written_.out + written_.err == ""
 
 
 def test_other_libraries_repeat_themselves_once_in_a_while() -> None:

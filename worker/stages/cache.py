@@ -7,6 +7,7 @@ socket time-out does (name resolution, TLS, an answer that drips); and the break
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -233,26 +234,32 @@ def connect(settings: CacheSettings, timeout_s: float | None = None) -> redis.Re
         raise ConfigurationError("WORKER_CACHE__URL: not a usable redis:// or rediss:// URL") from error
 
 
-def probe(settings: CacheSettings, timeout_s: float) -> str:
-    """Write, read and delete a key; one line about the server, for `worker check`.
+def probe(settings: CacheSettings, timeout_s: float) -> float:
+    """Write, read and delete a key, for `worker check`; milliseconds of the slowest of the three.
 
     Raises:
         DependencyError: what went wrong, in one line without secrets.
         ConfigurationError: the URL is unusable.
     """
     client = connect(settings, timeout_s)
+    where = mask_urls(settings.url.get_secret_value())
     key = f"{KEY_PREFIX}:probe"
     try:
+        client.ping()  # connects
+        times = [time.monotonic()]
         client.set(key, b"1", ex=10)
+        times.append(time.monotonic())
         answer = client.get(key)
+        times.append(time.monotonic())
         client.delete(key)
+        times.append(time.monotonic())
     except Exception as error:
-        raise DependencyError(f"{mask_urls(settings.url.get_secret_value())}: {describe(error)}") from error
+        raise DependencyError(f"{where}: {describe(error)}") from error
     finally:
         client.close()
     if answer != b"1":
-        raise DependencyError(f"{mask_urls(settings.url.get_secret_value())}: a key written could not be read back")
-    return f"{mask_urls(settings.url.get_secret_value())}: keys can be written and read"
+        raise DependencyError(f"{where}: a key written could not be read back")
+    return max(after - before for before, after in itertools.pairwise(times)) * 1000
 
 
 def describe(error: object) -> str:
