@@ -6,6 +6,7 @@ slope 1 / temperature and no intercept. Isotonic: Zadrozny and Elkan 2002, a non
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -78,9 +79,12 @@ class Isotonic(_Calibration):
             raise ValueError("probabilities must not descend")
         return self
 
+    @cached_property
+    def _knots(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return np.array(self.raw, np.float64), np.array(self.probability, np.float64)
+
     def _apply(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
-        values = np.interp(raw, self.raw, self.probability)
-        return np.where(np.isnan(raw), np.nan, values)
+        return np.where(np.isnan(raw), np.nan, np.interp(raw, *self._knots))
 
 
 Calibration = Annotated[Platt | Temperature | Isotonic, Field(discriminator="method")]

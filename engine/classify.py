@@ -145,9 +145,12 @@ def _score(detector: Detector, batch: list[_Prepared], batch_size: int) -> Itera
 
 def _infer(detector: Detector, batch: NDArray[np.uint8], step: int) -> NDArray[np.float32]:
     """In pieces of at most `step` crops, halved while the device's memory does not hold them."""
-    try:
-        return np.concatenate([detector.infer(batch[start : start + step]) for start in range(0, len(batch), step)])
-    except OutOfDeviceMemory:
-        if step == 1:
-            raise
-        return _infer(detector, batch, min(step, len(batch)) // 2 or 1)
+    step = min(step, len(batch))
+    while True:
+        try:
+            return np.concatenate([detector.infer(batch[start : start + step]) for start in range(0, len(batch), step)])
+        except OutOfDeviceMemory:
+            if step == 1:
+                raise
+        # Outside of the handler: within it the exception would keep the failed batch's memory alive.
+        step //= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,6 +90,8 @@ class TorchBackend(CheckedBackend):
         except RuntimeError as error:  # torch's OutOfMemoryError and AcceleratorError are RuntimeErrors
             message = (str(error).strip() or type(error).__name__).splitlines()[0]
             if isinstance(error, self._torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+                # The frames of the traceback hold the tensors of the failed batch, and the smaller one needs their room.
+                traceback.clear_frames(error.__traceback__)
                 if self.device != "cpu":
                     self._torch.cuda.empty_cache()
                 raise OutOfDeviceMemory(f"torch on {self.device}: {message}") from error

@@ -35,13 +35,13 @@ def printer(as_json: bool, detector: Detector, count: Callable[[], int]) -> Iter
     on_terminal = sys.stdout.isatty() and not as_json
     console = Console(soft_wrap=False, highlight=False) if on_terminal else Console(stderr=True)
     if as_json:
-        show: Show = lambda row: print(json.dumps(to_json(detector, row)), flush=sys.stdout.isatty())  # noqa: E731
+        show: Show = lambda row: print(json.dumps(to_json(detector, row)), flush=True)  # noqa: E731
     elif on_terminal:
         _print_columns(console, _HEADER, "bold")
         show = lambda row: _print_columns(console, columns(row), _STYLES[label(row)])  # noqa: E731
     else:
         print("\t".join(_HEADER))
-        show = lambda row: print("\t".join(columns(row)))  # noqa: E731
+        show = lambda row: print("\t".join(columns(row)), flush=True)  # noqa: E731
     with _progress(console, count) as advance:
 
         def show_and_advance(row: Classified) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +188,24 @@ def test_threads_are_set(bundle: Bundle) -> None:
         assert 1 <= torch.get_num_threads() <= (os.cpu_count() or 1)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_failed_batch_lets_go_of_its_memory(bundle: Bundle) -> None:
+    """Even while the caller still holds the exception, as it does when it tries again with a smaller batch."""
+    backend = create("torch", "cpu")
+    backend.load(bundle)
+    held = []
+
+    class Fails(torch.nn.Module):
+        def forward(self, crops):  # type: ignore[no-untyped-def]
+            activations = torch.zeros(4)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backend._scorer = Fails()
+    with pytest.raises(OutOfDeviceMemory):
+        try:
+            backend.infer(random_crops(1))
+        except OutOfDeviceMemory:
+            assert held[0]() is None
+            raise
