@@ -153,11 +153,10 @@ def test_a_killed_cache_costs_no_event(servers: tuple[EmbeddedBroker, EmbeddedCa
     ):
         verdicts = Topic(broker.bootstrap, "cachekill.verdicts")
         for step in range(3):
-            upload_events.produce(plans[step * 80 : step * 80 + 80], broker.bootstrap, "cachekill.uploads")
-            if step == 0:
-                time.sleep(1)
-                cache.kill()
             if step == 1:
+                cache.kill()
+            upload_events.produce(plans[step * 80 : step * 80 + 80], broker.bootstrap, "cachekill.uploads")
+            if step == 2:
                 cache.restart()
             deadline = time.monotonic() + 60
             while len(verdicts_by_event(verdicts)) < (step + 1) * 80:
