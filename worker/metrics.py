@@ -86,7 +86,6 @@ class Metrics:
         self.decoder_restarts = _counter(
             "decoder_restarts", "Decoder processes replaced: crashed, timeout, recycled.", registry, "reason"
         )
-        self.batch_splits = _counter("batch_splits", "Batches split because the engine failed on them.", registry)
         self.bundle_swaps = _counter("bundle_swaps", "Model bundles swapped in while running: ok, failed.", registry, "status")
         self.policy_reloads = _counter("policy_reloads", "Changed policy files read again: ok, failed.", registry, "status")
         self.policy_info = _gauge("policy_info", "1 for the policy that decides.", registry, "name", "version")

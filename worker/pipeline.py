@@ -329,6 +329,7 @@ class Pipeline:
         self._publish_scored(Scored(waiting.item, waiting.info, scores, engine.model, cache_hit=False))
         self._to_cache.put(CachedScore.of(engine.scope, waiting.info, scores))
         for item in self._flights.done(waiting.flight):
+            self._metrics.shared_inferences.inc()
             self._publish_scored(Scored(item, waiting.info, scores, engine.model, cache_hit=True))
 
     def _land_failed(self, leader: Item, flight: Flight, error: ItemError) -> None:
