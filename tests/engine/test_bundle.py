@@ -422,3 +422,9 @@ def test_the_packaged_bundle_is_that_of_the_checkout_or_of_the_wheel(tmp_path: P
     assert packaged() == package / "_models"
     (tmp_path / "pyproject.toml").touch()
     assert packaged() == tmp_path / "models"
+
+
+def test_the_page_on_bundles_names_every_field_and_tensor(original: Bundle) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "bundles.md").read_text("utf-8")
+    fields = [*type(original.manifest).model_fields, *load_file(original.path / "heads.safetensors")]
+    assert [name for name in fields if f"`{name}" not in page] == []
