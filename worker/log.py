@@ -66,9 +66,20 @@ def mask_urls(text: str) -> str:
     return _URL.sub(_masked, text)
 
 
+def mask_credentials(url: str) -> str:
+    """One URL that may hold a password, without it, even where the password's own `/`, `?` or `#` are not escaped."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return "********"
+    return mask_urls(f"{scheme}://{rest.rpartition('@')[2]}")
+
+
 def _masked(match: re.Match[str]) -> str:
-    authority = match["authority"].rpartition("@")[2]
-    return f"{match['scheme']}{authority}{match['path']}"
+    host = match["authority"].rpartition("@")[2]
+    port = "" if host.startswith("[") else host.partition(":")[2]
+    if port and not port.isdigit():
+        return f"{match['scheme']}***"  # no port, so likely a password cut short by a character that should be escaped
+    return f"{match['scheme']}{host}{match['path']}"
 
 
 def _mask_urls(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

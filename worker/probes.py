@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import ConfigurationError, FatalError
-from worker.log import mask_urls
+from worker.log import mask_credentials
 from worker.metrics import Metrics
 from worker.settings import CacheSettings, FetchSettings, KafkaSettings, Settings, environment_name
 
@@ -147,7 +147,7 @@ def cache(settings: CacheSettings, timeout_s: float) -> list[Finding]:
 
     if not settings.enabled:
         return [Finding(NOTE, "cache", f"off by {environment_name('cache', 'enabled')}: every image is inferred")]
-    where = mask_urls(settings.url.get_secret_value())
+    where = mask_credentials(settings.url.get_secret_value())
     try:
         slowest_ms = probe(settings, timeout_s)
     except FatalError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from worker import log, probes
-from worker.log import mask_urls
+from worker.log import mask_credentials, mask_urls
 from worker.probes import Finding
 from worker.settings import Settings, environment_name
 
@@ -102,7 +102,7 @@ class _Running:
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         secret = value.get_secret_value()
-        return mask_urls(secret) if "://" in secret else "********"
+        return mask_credentials(secret) if "://" in secret else "********"
     if value is None:
         return ""
     if isinstance(value, bool):

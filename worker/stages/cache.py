@@ -18,7 +18,7 @@ import structlog
 
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, DependencyError
-from worker.log import mask_urls
+from worker.log import mask_credentials, mask_urls
 from worker.metrics import Metrics
 from worker.settings import CacheSettings
 from worker.stages import breaker, cache_entry
@@ -242,7 +242,7 @@ def probe(settings: CacheSettings, timeout_s: float) -> float:
         ConfigurationError: the URL is unusable.
     """
     client = connect(settings, timeout_s)
-    where = mask_urls(settings.url.get_secret_value())
+    where = mask_credentials(settings.url.get_secret_value())
     key = f"{KEY_PREFIX}:probe"
     try:
         client.ping()  # connects
