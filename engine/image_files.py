@@ -147,9 +147,19 @@ def _open_png(data: bytes, limits: Limits) -> Opened:
     if kept:
         data = b"".join((*kept, memoryview(data)[copied:]))
     file: Any = _file(PngImagePlugin.PngImageFile, data)
+    _scale_key(file, data[24])
     # What acTL claims is not to be believed.
     count = max(1, min(file.n_frames, controls + bool(file.default_image)))
     return Opened(file, PNG, count, _walked(count, file.size), orientation)
+
+
+def _scale_key(file: ImageFile.ImageFile, depth: int) -> None:
+    """Bring the transparent colour to the depth at which Pillow hands out samples; it leaves it at the file's own."""
+    key = file.info.get("transparency")
+    if isinstance(key, int) and depth in (2, 4):
+        file.info["transparency"] = key * 255 // (2**depth - 1)
+    elif isinstance(key, tuple) and depth == 16:
+        file.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _open_webp(data: bytes, limits: Limits) -> Opened:

@@ -150,6 +150,7 @@ def zipped_png(width: int, height: int) -> bytes:
     return png_file(width, height, pixels=b"\x78\x9c" + block * blocks + last + struct.pack(">I", checksum))
 
 
+@cache
 def text_bombs() -> dict[str, bytes]:
     """Metadata that explodes, loops or lies, around valid pixels: all of these are images that viewers show."""
     png, jpeg = valid()["PNG rgb"], valid()["JPEG baseline"]
@@ -172,6 +173,7 @@ def text_bombs() -> dict[str, bytes]:
     }
 
 
+@cache
 def foreign() -> dict[str, bytes]:
     """Formats that are none of ours, most of which Pillow would open if it were let."""
     plain = picture(32, 32)

@@ -61,6 +61,8 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy starts no threads that nobody needs
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 24),  # pictures up to 4 megapixels reuse pages that are there already
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 26),
 }
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _MAX_SIZE = 1 << 31

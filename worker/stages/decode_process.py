@@ -47,6 +47,7 @@ _CPU_SLACK_S = 5
 _MAX_OPEN_FILES = 64
 _MAX_OUTPUT_BYTES = 1 << 16
 _OOM_SCORE = "800"
+_KEPT_BYTES = 1 << 26
 
 DecodeFunction = Callable[[bytes, images.Limits, Layout], tuple[images.Crops, dict[str, str | None]]]
 
@@ -85,12 +86,16 @@ def main(start: dict[str, Any]) -> NoReturn:
     _detach(start["parent"])
     _limit(start["max_memory_bytes"])
     warnings.simplefilter("ignore")
+    limits = images.Limits(start["max_pixels"], start["max_frames"])
+    resident_bytes = _memory_bytes()[1]
     try:
         connection.sendall(REPLY.pack(READY, 0, 0))
-        limits = images.Limits(start["max_pixels"], start["max_frames"])
         while (data := _request(connection)) is not None:
             _limit_cpu(start["timeout_s"] + _CPU_SLACK_S)
             _answer(connection, function, data, limits, start["layout"])
+            del data  # or it would be kept until the next one is here
+            if _memory_bytes()[1] > resident_bytes + _KEPT_BYTES:
+                _give_back()
     except ConnectionError:
         pass  # the parent is gone
     os._exit(0)  # no destructors: nothing here is worth the time
@@ -152,8 +157,25 @@ def _limit(max_memory_bytes: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # /proc may be hidden
             Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)  # out of memory, the kernel takes this one first
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        _lower(resource.RLIMIT_AS, pages * resource.getpagesize() + max_memory_bytes)
+        _lower(resource.RLIMIT_AS, _memory_bytes()[0] + max_memory_bytes)
+
+
+def _memory_bytes() -> tuple[int, int]:
+    """Address space and resident size of this process; zeros where the system does not tell."""
+    if sys.platform != "linux":
+        return 0, 0
+    file = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        space, resident = os.read(file, 256).split()[:2]
+    finally:
+        os.close(file)
+    return int(space) * resource.getpagesize(), int(resident) * resource.getpagesize()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: after a large image glibc keeps hundreds of megabytes, twice that for two processes."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _lower(limit: int, value: int) -> None:

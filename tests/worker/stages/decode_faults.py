@@ -114,7 +114,7 @@ def _lie(what: str) -> tuple[images.Crops, Found]:
             _send(REPLY.pack(2, 2, 0) + b"[]")
         case "status":
             _send(REPLY.pack(9, 2, 0) + b"{}")
-        case "and-stay":
+        case "frames":
             crops = replace(crops, frame_count=0)
         case "code":
             _send(REPLY.pack(3, 22, 0) + b'{"code":"engine.what"}')
