@@ -159,16 +159,16 @@ def resolve(path: Path | str) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; a model bundle is a folder with {MANIFEST_FILE} or {CURRENT_FILE}")
-    if (folder / MANIFEST_FILE).exists():
+    if _exists(folder / MANIFEST_FILE):
         return folder
     pointer = folder / CURRENT_FILE
-    if not pointer.exists():
+    if not _exists(pointer):
         raise BundleError(f"{folder}: holds neither {MANIFEST_FILE} nor {CURRENT_FILE}, so it is no model bundle")
     name = _read(folder, CURRENT_FILE, 1024).decode("utf-8", "replace").strip()
     if not is_plain_name(name):
         raise BundleError(f"{pointer}: must hold the name of a folder beside it, holds {name!r}")
     version = folder / name
-    if not (version / MANIFEST_FILE).exists():
+    if not _exists(version / MANIFEST_FILE):
         raise BundleError(f"{pointer}: names {name}, but there is no {version / MANIFEST_FILE}")
     return version
 
@@ -268,6 +268,13 @@ def publish(parent: Path | str, version: str) -> Path:
     return folder / version
 
 
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read: {error.strerror}") from error
+
+
 def _parse_manifest(file: Path, raw: bytes) -> Manifest:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
@@ -290,7 +297,12 @@ def _problems(error: ValidationError) -> str:
     lines = [f"{'.'.join(str(part) for part in d['loc']) or 'manifest'}: {d['msg']}" for d in details[:5]]
     if len(details) > len(lines):
         lines.append(f"and {len(details) - len(lines)} more")
-    return "; ".join(lines)
+    return _printable("; ".join(lines))
+
+
+def _printable(text: str) -> str:
+    # Names come from the file: they must not break the line, nor move the cursor of a terminal.
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _load_encoder(folder: Path, part: EncoderPart) -> dict[str, NDArray[np.float32]]:
@@ -354,7 +366,7 @@ def _same_names(file: Path, found: set[str], expected: set[str]) -> None:
     for word, names in (("missing", expected - found), ("unexpected", found - expected)):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise BundleError(f"{file}: {word} tensors: {shown}")
+            raise BundleError(f"{file}: {word} tensors: {_printable(shown)}")
 
 
 def _read_verified(folder: Path, ref: FileRef, max_bytes: int) -> bytes:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=_seconds, default=5.0, metavar="S", help="for each size; default: 5")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of a table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there, too")
-    model_arguments.add(parser)
+    model_arguments.add(parser, scores=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             "model": {"name": detector.name, "version": detector.version, "digest": detector.bundle.digest},
             "backend": detector.backend_name,
             "device": detector.device,
+            "precision": arguments.precision or "default",
             "threads": arguments.threads or usable_cores(),
             "load_s": round(load_s, 3),
             "results": [measure(detector, size, arguments.seconds) for size in arguments.batch_sizes],

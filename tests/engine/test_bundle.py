@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from engine import bundle as bundle_module
@@ -285,6 +287,71 @@ def test_a_dtype_that_numpy_has_not_is_refused(folder: Path) -> None:
     (folder / "encoder.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(384))
     redigest(folder, "encoder")
     with pytest.raises(BundleError, match=r"encoder\.safetensors"):
+        load(folder)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to every value in a manifest, containers included."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, child in inner for found in leaves(child, (*path, key)))]
+
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_anywhere_is_taken_or_refused_in_one_line(folder: Path, original: Bundle, data: st.DataObject) -> None:
+    content = json.loads((original.path / "manifest.json").read_text())
+    *path, last = data.draw(st.sampled_from(leaves(content)[1:]))
+    place = content
+    for key in path:
+        place = place[key]
+    place[last] = data.draw(any_json)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    try:
+        read_manifest(folder)
+    except BundleError as error:
+        assert "manifest.json: " in str(error) and "\n" not in str(error)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_bytes_are_taken_or_refused_by_name(folder: Path, original: Bundle, data: st.DataObject) -> None:
+    intact = (original.path / "heads.safetensors").read_bytes()
+    damaged = bytearray(intact)
+    header = 8 + int.from_bytes(intact[:8], "little")
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, header + 64))] = data.draw(st.integers(0, 255))
+    (folder / "heads.safetensors").write_bytes(damaged[: data.draw(st.integers(0, 4)) * len(damaged) // 4 or None])
+    redigest(folder, "heads")
+    try:
+        load(folder)
+    except BundleError as error:
+        assert "heads.safetensors: " in str(error) and "\n" not in str(error)
+
+
+def test_names_from_a_file_cannot_break_the_line(folder: Path) -> None:
+    tensors = load_file(folder / "heads.safetensors")
+    save_file({**tensors, "a\n\x1b[2J": np.zeros(1, np.float32)}, folder / "heads.safetensors")
+    redigest(folder, "heads")
+    with pytest.raises(BundleError, match=r"unexpected tensors: a\?\?\[2J$"):
+        load(folder)
+    edit(folder, lambda content: content["thresholds"]["linear"].update({"a\nb": {}}))
+    with pytest.raises(BundleError, match=r"thresholds\.linear\.a\?b\."):
+        load(folder)
+
+
+def test_a_folder_that_may_not_be_entered_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(BundleError, match=r"manifest\.json: cannot be read: Permission denied"):
         load(folder)
 
 

@@ -87,6 +87,7 @@ finally:
         (("classify", "x", "--threads", "-1"), "--threads"),
         (("classify", "/no/such/file"), "engine classify: /no/such/file: no such file or folder"),
         (("classify", "."), "engine classify: BUNDLE: holds neither manifest.json nor CURRENT"),
+        (("classify", ".", "--precision", "bf16"), "--precision needs a --backend"),
         (("bench", "--batch-sizes", "1,x"), "batch sizes are whole numbers"),
         (("inspect", "/no/such/bundle"), "engine inspect: /no/such/bundle: no such folder"),
     ],
