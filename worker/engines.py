@@ -100,6 +100,9 @@ class EngineLoader:
             device=detector.device,
             duration_ms=round((time.monotonic() - started) * 1000),
         )
+        foreign = {name for name, threshold in detector.thresholds.items() if threshold.crops != detector.crops}
+        if foreign:
+            log.warning("engine.thresholds_of_other_crops", crops=detector.crops, thresholds=sorted(foreign))
         return engine_of(detector, settings.decode.max_frames)
 
 

@@ -1,0 +1,345 @@
+"""The order of the stages, in one process: real ledger, budget, batcher, policy and cache-less path; fakes at the edges."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.backends import create
+from engine.batcher import BatchConfig, Batcher
+from engine.detector import Detector
+from tests.engine.bundles import random_bundle
+from worker.budget import Budget
+from worker.clock import SystemClock
+from worker.delays import DelayQueue
+from worker.engines import engine_of
+from worker.errors import Code, ItemError, TransientItemError
+from worker.items import Decoded, Fetched, ImageInfo, Item, Record
+from worker.ledger import Ledger
+from worker.metrics import Metrics
+from worker.outcomes import Engine
+from worker.pipeline import Pipeline, Stages
+from worker.settings import Settings
+from worker.stages.policy import PolicyKeeper
+
+TOPIC = "image.uploads"
+
+
+class Fetcher:
+    """Bytes by event id; raises what it was told to."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, list[ItemError]] = defaultdict(list)
+        self.calls: list[str] = []
+
+    def fetch(self, item: Item) -> Fetched:
+        event_id = item.event.event_id
+        self.calls.append(event_id)
+        if self.errors[event_id]:
+            raise self.errors[event_id].pop(0)
+        data = (item.event.url or "").encode()
+        return Fetched(item, data, data.hex().ljust(64, "0")[:64])
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str], Any] = {}
+
+    def get_many(self, scope: str, digests: list[str]) -> dict[str, Any]:
+        return {digest: self.kept[scope, digest] for digest in digests if (scope, digest) in self.kept}
+
+    def put_many(self, entries: Any) -> None:
+        self.kept |= {(entry.scope, entry.sha256): entry for entry in entries}
+
+
+class Decoder:
+    """Crops whose grey level is the first byte; `gate` holds every image back."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.decoded: list[str] = []
+
+    def decode(self, fetched: Fetched, index: int) -> Decoded:
+        self.gate.wait(10)
+        self.decoded.append(fetched.item.event.event_id)
+        if fetched.data.endswith(b"corrupt"):
+            raise ItemError(Code.DECODE_CORRUPT, "damaged")
+        crops = np.full((1, 224, 224, 3), len(fetched.data), np.uint8)
+        return Decoded(fetched, ImageInfo(fetched.sha256, 300, 200, "PNG", 1), crops, 1)
+
+
+class Publisher:
+    """Keeps what is published; gives receipts at once, or never while `mute`."""
+
+    def __init__(self) -> None:
+        self.verdicts: list[dict[str, Any]] = []
+        self.letters: list[tuple[Record, str, int]] = []
+        self.retries: list[tuple[Record, int, float]] = []
+        self.withheld: list[Callable[[], None]] = []
+        self.mute = False
+
+    def verdict(self, body: bytes, event_id: str, headers: Any, on_receipt: Callable[[], None]) -> None:
+        self.verdicts.append(json.loads(body))
+        self._acknowledge(on_receipt)
+
+    def dead_letter(self, record: Record, code: str, message: str, delivery: Any, on_receipt: Callable[[], None]) -> None:
+        self.letters.append((record, str(code), delivery.attempt))
+        self._acknowledge(on_receipt)
+
+    def retry(self, record: Record, delivery: Any, delay_s: float, code: str, on_receipt: Callable[[], None]) -> None:
+        self.retries.append((record, delivery.attempt, delay_s))
+        self._acknowledge(on_receipt)
+
+    def _acknowledge(self, on_receipt: Callable[[], None]) -> None:
+        if self.mute:
+            self.withheld.append(on_receipt)
+        else:
+            on_receipt()
+
+
+class House:
+    """A running pipeline and its edges."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = Settings()
+        self.metrics = Metrics()
+        self.ledger, self.fetcher, self.cache = Ledger(), Fetcher(), Cache()
+        self.decoder, self.publisher = Decoder(), Publisher()
+        self.budget = Budget(64, 10**8, 10**6)
+        clock = SystemClock()
+        bundle = random_bundle(folder / "bundle", seed=3)
+        self.engine = engine_of(Detector.from_parts(bundle, create("null", "cpu")), max_frames=4)
+        policy = PolicyKeeper(self.settings.policy, self.metrics)
+        policy.bind(self.engine.detector)
+        batcher: Batcher[Any] = Batcher(BatchConfig(max_batch_size=8, max_queue_delay_microseconds=1000), clock.monotonic)
+        stages = Stages(
+            self.ledger,
+            self.budget,
+            DelayQueue(100, 10**6, 60.0, clock),
+            self.fetcher,  # type: ignore[arg-type]
+            self.cache,  # type: ignore[arg-type]
+            self.decoder,  # type: ignore[arg-type]
+            batcher,
+            policy,
+            self.publisher,  # type: ignore[arg-type]
+        )
+        self.pipeline = Pipeline(self.settings, stages, self.engine, self.metrics, clock)
+        self.ledger.assign([(TOPIC, 0), (self.settings.kafka.retry_topic, 0)])
+        self._next = 0
+        loops = [self.pipeline.fetch_loop] * 3 + [self.pipeline.cache_loop, self.pipeline.engine_loop, self.pipeline.publish_loop]
+        loops += [lambda: self.pipeline.decode_loop(0), lambda: self.pipeline.decode_loop(1)]
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, event_id: str | None, url: str = "https://a.example/x", topic: str = TOPIC, **fields: Any) -> None:
+        value = b"{broken" if event_id is None else json.dumps({"event_id": event_id, "image": {"url": url}, **fields}).encode()
+        position = self.ledger.track(topic, 0, self._next)
+        self._next += 1
+        self.pipeline.accept([Record(position, None, value, (), int(time.time() * 1000))])
+
+    def settle(self, within_s: float = 10) -> None:
+        deadline = time.monotonic() + within_s
+        while self.pipeline.active:
+            assert time.monotonic() < deadline, f"{self.pipeline.active} still in flight"
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self.decoder.gate.set()
+        self.pipeline.close(drain=True)
+        for thread in self._threads:
+            thread.join(5)
+            assert not thread.is_alive(), thread
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path)
+    yield house
+    house.close()
+
+
+def committed_to(house: House) -> int | None:
+    return house.ledger.committable().get((TOPIC, 0))
+
+
+def test_an_event_becomes_a_verdict_and_its_offset_committable(house: House) -> None:
+    house.send("one", attributes={"k": "v"}, tenant="acme")
+    house.settle()
+    (verdict,) = house.publisher.verdicts
+    assert (verdict["event_id"], verdict["tenant"], verdict["attributes"]) == ("one", "acme", {"k": "v"})
+    assert (verdict["cache"], verdict["reason"], verdict["model"]["version"]) == ("miss", None, house.engine.model.version)
+    assert verdict["source"] == {"topic": TOPIC, "partition": 0, "offset": 0}
+    assert all(verdict["timings_ms"][stage] is not None for stage in ("fetch", "decode", "queue", "infer", "total"))
+    assert committed_to(house) == 1
+    assert (house.budget.events, house.budget.bytes) == (0, 0)
+
+
+def test_identical_images_are_inferred_once(house: House) -> None:
+    house.decoder.gate.clear()
+    for number in range(6):
+        house.send(f"twin-{number}", "https://a.example/same")
+    time.sleep(0.2)
+    house.decoder.gate.set()
+    house.settle()
+    assert len(house.decoder.decoded) == 1
+    assert len(house.publisher.verdicts) == 6
+    assert len({verdict["score"] for verdict in house.publisher.verdicts}) == 1
+    assert sorted(verdict["cache"] for verdict in house.publisher.verdicts) == ["hit"] * 5 + ["miss"]
+    house.send("later", "https://a.example/same")
+    house.settle()
+    assert len(house.decoder.decoded) == 1
+    assert house.publisher.verdicts[-1]["cache"] == "hit"
+
+
+def test_identical_broken_images_fail_together(house: House) -> None:
+    house.decoder.gate.clear()
+    for number in range(3):
+        house.send(f"bad-{number}", "https://a.example/corrupt")
+    time.sleep(0.2)
+    house.decoder.gate.set()
+    house.settle()
+    assert len(house.decoder.decoded) == 1
+    assert {verdict["reason"] for verdict in house.publisher.verdicts} == {"decode.corrupt"}
+    assert len(house.publisher.letters) == 3
+    assert committed_to(house) == 3
+
+
+def test_a_malformed_record_without_an_id_is_a_dead_letter_only(house: House) -> None:
+    house.send(None)
+    house.settle()
+    assert not house.publisher.verdicts
+    assert [(letter[0].value, letter[1]) for letter in house.publisher.letters] == [(b"{broken", "event.malformed")]
+    assert committed_to(house) == 1
+
+
+def test_a_malformed_event_with_an_id_gets_both(house: House) -> None:
+    house.send("odd", priority="high")
+    house.settle()
+    (verdict,) = house.publisher.verdicts
+    assert (verdict["label"], verdict["score"], verdict["action"], verdict["reason"]) == (
+        "undetermined",
+        None,
+        "review",
+        "event.malformed",
+    )
+    assert len(house.publisher.letters) == 1
+
+
+def test_a_refusal_is_repeated_in_place_once_then_postponed(house: House) -> None:
+    house.fetcher.errors["flaky"] = [TransientItemError(Code.FETCH_UNAVAILABLE, "503")]
+    house.send("flaky")
+    house.settle()
+    assert house.fetcher.calls.count("flaky") == 2
+    assert house.publisher.verdicts[0]["reason"] is None
+    house.fetcher.errors["down"] = [TransientItemError(Code.FETCH_UNAVAILABLE, "503")] * 2
+    house.send("down")
+    house.settle()
+    assert [(attempt, delay) for _record, attempt, delay in house.publisher.retries] == [(2, 2.0)]
+    assert committed_to(house) == 2
+
+
+def test_a_timeout_goes_straight_to_the_retry_topic(house: House) -> None:
+    house.fetcher.errors["slow"] = [TransientItemError(Code.FETCH_TIMEOUT, "slow")]
+    house.send("slow")
+    house.settle()
+    assert house.fetcher.calls == ["slow"]
+    assert [attempt for _record, attempt, _delay in house.publisher.retries] == [1]
+
+
+def test_a_host_left_alone_costs_no_attempt(house: House) -> None:
+    house.fetcher.errors["later"] = [TransientItemError(Code.FETCH_UNAVAILABLE, "left alone", 7.0, attempted=False)]
+    house.send("later")
+    house.settle()
+    assert [(attempt, delay) for _record, attempt, delay in house.publisher.retries] == [(0, 7.0)]
+
+
+def test_the_last_attempt_ends_in_a_dead_letter(house: House) -> None:
+    from dataclasses import replace
+
+    from worker import envelopes
+    from worker.items import Delivery
+
+    upload = Record(house.ledger.track(TOPIC, 0, 100), b"key", b'{"event_id":"gone","image":{"url":"https://a/"}}', (), 1)
+    house.ledger.finish(upload.position)
+    last = Delivery(attempt=5, first_seen=1.0, origin=upload.position)
+    headers = tuple(envelopes.retry_headers((), last, "fetch.unavailable", 1.0))
+    house.fetcher.errors["gone"] = [TransientItemError(Code.FETCH_UNAVAILABLE, "503")] * 9
+    position = house.ledger.track(house.settings.kafka.retry_topic, 0, 0)
+    house.pipeline.accept([replace(upload, position=position, headers=headers)])
+    house.settle()
+    assert house.fetcher.calls == ["gone"]
+    ((letter, code, attempt),) = house.publisher.letters
+    assert (letter.headers, code, attempt) == ((), "fetch.unavailable", 5)
+    assert house.publisher.verdicts[0]["source"] == {"topic": TOPIC, "partition": 0, "offset": 100}
+
+
+def test_without_receipts_nothing_is_committed_and_the_budget_stays_charged(house: House) -> None:
+    house.publisher.mute = True
+    for number in range(4):
+        house.send(f"e{number}")
+    deadline = time.monotonic() + 5
+    while len(house.publisher.withheld) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert committed_to(house) is None
+    assert house.pipeline.active == 4
+    for receipt in reversed(house.publisher.withheld):
+        receipt()
+    assert committed_to(house) == 4
+    assert house.pipeline.active == 0
+    house.publisher.mute = False
+
+
+def test_what_finishes_after_its_partition_went_is_neither_published_nor_committed(house: House) -> None:
+    house.decoder.gate.clear()
+    house.send("late")
+    time.sleep(0.1)
+    house.ledger.revoke([(TOPIC, 0)])
+    house.ledger.assign([(TOPIC, 0)])
+    house.decoder.gate.set()
+    house.settle()
+    assert not house.publisher.verdicts
+    assert committed_to(house) is None
+    assert house.budget.bytes == 0
+
+
+def test_an_engine_that_fails_on_one_image_costs_that_image(house: House) -> None:
+    class Picky:
+        def infer(self, crops: np.ndarray) -> np.ndarray:
+            if (crops[:, 0, 0, 0] == 66).any():
+                raise ValueError("cannot")
+            return house.engine.detector.infer(crops)
+
+        combine = staticmethod(house.engine.detector.combine)
+
+    house.pipeline.swap(Engine(Picky(), house.engine.model, house.engine.scope))  # type: ignore[arg-type]
+    guilty = "https://a.example/".ljust(66, "x")
+    for number in range(10):
+        house.send(f"e{number}", guilty if number == 4 else f"https://a.example/{number}")
+    house.settle()
+    reasons = {verdict["event_id"]: verdict["reason"] for verdict in house.publisher.verdicts}
+    assert reasons == {f"e{number}": "engine.failed" if number == 4 else None for number in range(10)}
+    assert [code for _record, code, _attempt in house.publisher.letters] == ["engine.failed"]
+
+
+def test_a_swap_names_the_new_model(house: House, tmp_path: Path) -> None:
+    house.send("before")
+    house.settle()
+    bundle = random_bundle(tmp_path / "next", seed=4, version="2")
+    successor = engine_of(Detector.from_parts(bundle, create("null", "cpu")), max_frames=4)
+    house.pipeline.swap(successor)
+    house.send("before", "https://a.example/x")
+    house.settle()
+    first, second = house.publisher.verdicts
+    assert (first["model"]["version"], second["model"]["version"]) == ("1", "2")
+    assert first["verdict_id"] != second["verdict_id"]
+    assert len(house.decoder.decoded) == 2
