@@ -54,7 +54,7 @@ def _spin(_: str) -> tuple[images.Crops, Found]:
 def _bloat(_: str) -> tuple[images.Crops, Found]:
     kept = []
     while True:
-        kept.append(bytearray(1 << 24))
+        kept.append(np.zeros(1 << 24, np.uint8))  # address space, whose pages nobody needs to touch
 
 
 def _raise(_: str) -> tuple[images.Crops, Found]:

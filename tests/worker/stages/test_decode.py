@@ -44,7 +44,7 @@ def png(width: int = 300, height: int = 260, **options: object) -> bytes:
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
     """Two processes whose failures are on order, shared by the tests: each leaves it usable, which is the point."""
-    decoder = Decoder(DecodeSettings(processes=2, timeout_s=1.0, max_memory_bytes=2**29), "center", function=FAULTS)
+    decoder = Decoder(DecodeSettings(processes=2, timeout_s=2.0, max_memory_bytes=2**29), "center", function=FAULTS)
     decoder.start()
     yield decoder
     decoder.close(Deadline(5))
@@ -112,7 +112,7 @@ def test_an_image_whose_decoder_died_by_chance_succeeds_at_the_second_try(decode
 def test_a_hang_ends_at_the_timeout_and_is_not_tried_again(decoder: Decoder, fault: bytes) -> None:
     restarts, pid, started = decoder.restarts, decoder.pids[1], time.monotonic()
     assert code_of(decoder, fault, 1) == Code.DECODE_TIMEOUT
-    assert 1.0 <= time.monotonic() - started < 3.0
+    assert 2.0 <= time.monotonic() - started < 5.0
     assert decoder.restarts == restarts + 1
     assert pid is not None
     assert not psutil.pid_exists(pid)
