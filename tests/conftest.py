@@ -97,6 +97,7 @@ def unique_settings(bootstrap: str, **overrides: object) -> KafkaSettings:
         "dead_letter_topic": f"dead-{name}",
         "label_topic": f"labels-{name}",
         "create_topics": True,
+        "session_timeout_ms": 2_000,  # the embedded broker completes a join after half of it, two seconds at least
     }
     return KafkaSettings.model_validate(values | overrides)
 

@@ -23,8 +23,11 @@ Client = TypeVar("Client")
 RECORD_OVERHEAD_BYTES = 2**20
 """What our own headers, the batch and the request may add to the largest record."""
 FETCH_MAX_BYTES = 50 * 2**20
-PARTITION_FETCH_BYTES = 2**20
+PARTITION_FETCH_BYTES = 8 * 2**20
 """A fetch asks for this much a partition; a larger first batch still comes whole (KIP-74), so it bounds memory, not records."""
+FETCH_WAIT_MS = 50
+"""How long a broker may hold a fetch that finds nothing. The client has one fetch in flight to a broker: while one for quiet
+partitions (the retry topic's) waits there, a busy partition whose data is used up waits with it (Kafka's default is 500)."""
 HEARTBEAT_MS = 1_000
 """A rebalance waits for every member's next heartbeat, so a short one keeps stalls short (Kafka's default is 3 s)."""
 MIN_BATCH_LIMIT_BYTES = 64 * 2**20
@@ -69,6 +72,7 @@ def consumer_options(settings: KafkaSettings, *, group: bool = True) -> dict[str
         "allow_auto_create_topics": False,
         "fetch_max_bytes": fetch_max_bytes(settings),
         "max_partition_fetch_bytes": PARTITION_FETCH_BYTES,
+        "fetch_max_wait_ms": FETCH_WAIT_MS,
         # The largest frame that is legitimate: a full fetch, or one batch of the largest size that came whole.
         "receive_message_max_bytes": max(100_000_000, fetch_max_bytes(settings) + 2 * settings.max_record_bytes),
         "metrics_enabled": False,

@@ -16,7 +16,6 @@ import structlog
 from kafka import KafkaConsumer, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
-from kafka.future import Future
 from kafka.structs import OffsetAndMetadata
 
 from worker.batch_guard import Unreadable
@@ -24,6 +23,7 @@ from worker.clock import Clock, Deadline, SystemClock
 from worker.errors import ConfigurationError, DependencyError
 from worker.items import Record
 from worker.kafka_clients import describe, open_consumer
+from worker.kafka_workarounds import before_poll
 from worker.ledger import Ledger, Partition
 from worker.settings import KafkaSettings
 
@@ -174,6 +174,7 @@ class Consumer:
         limit = self._settings.max_offset_span
         spans = self._ledger.spans()
         wanted = set()
+        room = min(room, limit)  # of partitions that are assigned in this poll, too
         for partition, span in spans.items():
             # With hysteresis: a partition that was paused for its span goes on when half of it is finished.
             too_wide = span >= limit or (partition in self._paused and not self._full and span > limit // 2)
@@ -190,7 +191,7 @@ class Consumer:
 
     def _read(self, timeout_s: float, max_records: int) -> list[Record]:
         try:
-            _keep_join(self._raw)
+            before_poll(self._raw)
             answer = self._raw.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
         except REFUSALS as error:
             raise DependencyError(f"Kafka refuses this consumer: {describe(error)}") from error
@@ -294,10 +295,10 @@ class Consumer:
     # ---------------------------------------------- rebalances, on the client's thread
     def _on_assigned(self, partitions: frozenset[Partition]) -> None:
         self._ledger.assign(partitions)
-        self._paused -= partitions
-        if self._full:
-            self._raw.pause(*(TopicPartition(*partition) for partition in partitions))
-            self._paused |= partitions
+        paused = {partition for partition in partitions if self._full or partition[0] in self._held}
+        if paused:  # before `poll`, in which this happens, reads from them
+            self._raw.pause(*(TopicPartition(*partition) for partition in paused))
+        self._paused = (self._paused - partitions) | paused
         self._observer.rebalanced("assigned", partitions, 0)
 
     async def _on_revoked(self, partitions: frozenset[Partition]) -> None:
@@ -348,31 +349,6 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc] # kafka-p
 
     async def on_partitions_lost(self, lost: set[TopicPartition]) -> None:
         self._owner._on_lost(_partitions(lost))
-
-
-class _Join:
-    """A group join in flight that counts as unfinished until somebody waits for it. Stands in for a kafka-python Future."""
-
-    is_done = False
-
-    def __init__(self, task: Future) -> None:
-        self._task = task
-        self.add_callback = task.add_callback
-        self.add_errback = task.add_errback
-
-    def __await__(self) -> Any:
-        return self._task.__await__()
-
-
-def _keep_join(consumer: KafkaConsumer) -> None:
-    """Work around kafka-python 3.0.12 (`join_group_async`): it forgets a join that completes between two polls.
-
-    It then joins anew, and again, and may never own a partition when polls are short. `poll` waits only for a task that
-    is not done, so the task is wrapped in one that never says it is; waiting for it then gives its result at once.
-    """
-    coordinator = consumer._coordinator
-    if isinstance(getattr(coordinator, "_join_task", None), Future):
-        coordinator._join_task = _Join(coordinator._join_task)
 
 
 def _partitions(partitions: Iterable[TopicPartition]) -> frozenset[Partition]:

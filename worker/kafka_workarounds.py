@@ -1,0 +1,54 @@
+"""Faults of kafka-python 3.0.12's consumer that stop a worker for good, and how it lives with them.
+
+Each is held by a test that fails without the workaround (tests/worker/stages/test_consume.py). They reach into the client's
+private parts, and do nothing where those have moved. What a broken record batch does is `batch_guard`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kafka import KafkaConsumer
+from kafka.future import Future
+
+
+def before_poll(consumer: KafkaConsumer) -> None:
+    """To be called before every `poll`, by the thread that polls."""
+    _keep_join(consumer)
+    _restore_parked(consumer)
+
+
+class _Join:
+    """A group join in flight that counts as unfinished until somebody waits for it. Stands in for a kafka-python Future."""
+
+    is_done = False
+
+    def __init__(self, task: Future) -> None:
+        self._task = task
+        self.add_callback = task.add_callback
+        self.add_errback = task.add_errback
+
+    def __await__(self) -> Any:
+        return self._task.__await__()
+
+
+def _keep_join(consumer: KafkaConsumer) -> None:
+    """A join that completes between two polls is forgotten (`join_group_async` starts another where one is done).
+
+    With short polls a member may so join again and again and never own a partition. `poll` waits for a task that is not
+    done, so the task is wrapped in one that never says it is; waiting for it then gives its result at once.
+    """
+    coordinator = getattr(consumer, "_coordinator", None)
+    if isinstance(getattr(coordinator, "_join_task", None), Future):
+        coordinator._join_task = _Join(coordinator._join_task)
+
+
+def _restore_parked(consumer: KafkaConsumer) -> None:
+    """Records of a partition that was paused while they were handed out are parked, and may never be given back.
+
+    `fetched_records` restores them only where its slot for the current partition is None; the slot of one that is used up
+    is not None but merely false, and stays so.
+    """
+    fetcher = getattr(consumer, "_fetcher", None)
+    if getattr(fetcher, "_paused_partition_records", None) and not fetcher._next_partition_records:
+        fetcher._next_partition_records = None
