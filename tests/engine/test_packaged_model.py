@@ -40,8 +40,8 @@ def test_it_says_what_was_measured(bundle: Bundle) -> None:
     assert len((bundle.path / manifest.model_card.file).read_text("utf-8")) > 500
 
 
-def test_nothing_in_it_is_executable() -> None:
-    files = [path for path in MODELS.rglob("*") if path.is_file()]
+def test_nothing_in_it_is_executable(bundle: Bundle) -> None:
+    files = [path for path in bundle.path.parent.rglob("*") if path.is_file()]
     strange = [path.name for path in files if path.suffix not in (".json", ".safetensors", ".md") and path.name != "CURRENT"]
     assert strange == [] and not any(path.stat().st_mode & 0o111 for path in files)
 
