@@ -10,6 +10,7 @@ a retry record, or, when its partition was taken away, nothing. Only then is its
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 from collections.abc import Callable, Iterator
@@ -20,13 +21,14 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from engine.batcher import Batcher, BatchTiming
+from engine.backends.base import BackendError
+from engine.batcher import Batcher, BatcherClosed, BatchTiming
 from worker import contracts
 from worker.budget import Budget
 from worker.clock import Clock
 from worker.delays import DelayQueue
 from worker.envelopes import open_retry
-from worker.errors import Code, ItemError, TransientItemError
+from worker.errors import Code, DependencyError, ItemError, TransientItemError
 from worker.items import Decoded, Delivery, Event, Fetched, Item, Position, Record, Scored, Scores, Timings
 from worker.lanes import Closed, Lanes
 from worker.ledger import Ledger, Partition
@@ -286,13 +288,21 @@ class Pipeline:
     def _submit(self, decoded: Decoded, flight: Flight) -> None:
         item = decoded.fetched.item
         waiting = Waiting(item, decoded.info, decoded.crops_per_frame, flight)
-        self._stages.batcher.submit(decoded.crops, item.event.priority, waiting)
+        with contextlib.suppress(BatcherClosed):  # the worker is ending, or the engine thread has failed and says why
+            self._stages.batcher.submit(decoded.crops, item.event.priority, waiting)
 
     # -- engine thread -------------------------------------------------------------------------------------------
 
     def engine_loop(self) -> None:
-        """Run batches on the device until the batcher is closed and empty; the only thread that touches the device."""
-        self._stages.batcher.run(lambda: self._engine, self._inferred, self._engine_failed)
+        """Run batches on the device until the batcher is closed and empty; the only thread that touches the device.
+
+        Raises:
+            DependencyError: the device failed; no image is blamed for it, nothing in flight is committed.
+        """
+        try:
+            self._stages.batcher.run(lambda: self._engine, self._inferred, self._engine_failed)
+        except BackendError as error:
+            raise DependencyError(f"the device failed: {error}") from error
 
     def _inferred(self, waiting: Waiting, probabilities: NDArray[np.float32], timing: BatchTiming[Engine]) -> None:
         waiting.item.timings.queue = timing.queue_s * 1000

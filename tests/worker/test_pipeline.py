@@ -331,6 +331,33 @@ def test_an_engine_that_fails_on_one_image_costs_that_image(house: House) -> Non
     assert [code for _record, code, _attempt in house.publisher.letters] == ["engine.failed"]
 
 
+def test_a_failing_device_ends_the_engine_thread_and_blames_no_image(tmp_path: Path) -> None:
+    from engine.backends.base import DeviceError
+    from worker.errors import DependencyError
+
+    class Dead:
+        def infer(self, crops: np.ndarray) -> np.ndarray:
+            raise DeviceError("lost")
+
+    caught: list[Any] = []
+    house = House(tmp_path)
+    house.pipeline.swap(Engine(Dead(), house.engine.model, house.engine.scope))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda arguments: caught.append(arguments.exc_value))
+        house.send("one")
+        deadline = time.monotonic() + 5
+        while not caught and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert isinstance(caught[0], DependencyError)
+    assert "the device failed: lost" in str(caught[0])
+    assert not house.publisher.verdicts
+    assert committed_to(house) is None
+    house.pipeline.close(drain=False)
+    for thread in house._threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
 def test_a_swap_names_the_new_model(house: House, tmp_path: Path) -> None:
     house.send("before")
     house.settle()
