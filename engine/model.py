@@ -129,17 +129,18 @@ class VisionTransformer(nn.Module):
         positions = self._positions(patches.shape[-2], patches.shape[-1])
         return self._encode(patches.flatten(2).transpose(1, 2), positions)
 
-    def forward_patches(self, patches: Tensor, index: Tensor) -> Tensor:
+    def forward_patches(self, patches: Tensor, index: Tensor, depth: int | None = None) -> Tensor:
         """Embeds images of which only some patches are given (training with dropped patches).
 
         patches: float32[n, k, 3, 16, 16], normalised; index: int64[n, k], each patch's place in the 14x14 grid, row by row.
-        With all 196 patches in order this equals `forward` on the whole image. Returns float32[n, 192].
+        With all 196 patches in order this equals `forward` on the whole image. `depth` runs only the first blocks: training
+        that grows in depth begins with few. Returns float32[n, 192].
         """
         n, k = index.shape
         weight = self.patch_embed.proj.weight
         tokens = functional.linear(patches.reshape(n, k, -1), weight.reshape(weight.shape[0], -1), self.patch_embed.proj.bias)
         spatial = self.pos_embed[0, 1:][index]
-        return self._encode(tokens, spatial)
+        return self._encode(tokens, spatial, depth)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """Positions of the patches as [1, rows * columns, dim], bicubic where the grid is not the trained one."""
@@ -152,10 +153,10 @@ class VisionTransformer(nn.Module):
         )
         return resized.to(spatial.dtype).flatten(2).transpose(1, 2)
 
-    def _encode(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _encode(self, tokens: Tensor, positions: Tensor, depth: int | None = None) -> Tensor:
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         x = torch.cat((cls.to(tokens.dtype), tokens + positions), dim=1)
-        for block in self.blocks:
+        for block in self.blocks[:depth]:
             x = block(x)
         # The norm works on each token alone, so only the CLS token needs it.
         out: Tensor = self.norm(x[:, 0])

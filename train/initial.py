@@ -1,0 +1,42 @@
+"""A start for the patch filters that hears high frequencies: eigenvectors of the data's own patches, scaled to equal loudness.
+
+Natural images carry almost all of their energy in low frequencies, so randomly initialised filters answer to content and leave
+the faint residue of a decoder to be found by many steps of gradient descent. Whitened filters give every band the same voice at
+step 0 (the first layer of github KellerJordan/cifar10-airbench does the same).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.store import PixelStore
+from train.views import PATCH_PX, Sampler
+
+PATCHES = 24_000
+LOUDEST = 48
+
+
+def whitened_filters(
+    store: PixelStore, filters: int, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> NDArray[np.float32]:
+    """float32[filters, 3, 16, 16] for `patch_embed.proj.weight`; patches are drawn from both classes alike."""
+    rng = np.random.default_rng((seed, 77))
+    reals, fakes = Sampler(store, 0.5).sides()
+    size = 3 * PATCH_PX**2
+    rows = np.empty((PATCHES, size), np.float32)
+    for i in range(PATCHES):
+        side = (reals, fakes)[i % 2]
+        rgb = store.pixels(store.items[side[int(rng.integers(len(side)))]])
+        top, left = (int(rng.integers(extent - PATCH_PX + 1)) for extent in rgb.shape[:2])
+        patch = rgb[top : top + PATCH_PX, left : left + PATCH_PX].astype(np.float32) / 255
+        rows[i] = ((patch - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1).reshape(-1)
+    rows -= rows.mean(0)
+    values, vectors = np.linalg.eigh(rows.T @ rows / PATCHES)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    # The loudest directions carry content; the others are sampled evenly down to the quietest.
+    chosen = np.concatenate((np.arange(LOUDEST), np.linspace(LOUDEST, size - 1, filters - LOUDEST).round().astype(int)))
+    # Half a grey level of noise is the floor: below it there is only rounding.
+    floor = (0.5 / 255 / float(np.mean(std))) ** 2
+    scaled = vectors[:, chosen] / np.sqrt(values[chosen] + floor)
+    return np.ascontiguousarray(scaled.T.reshape(filters, 3, PATCH_PX, PATCH_PX), dtype=np.float32)

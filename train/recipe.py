@@ -1,0 +1,139 @@
+"""A recipe: everything that decides a pretraining run except the data folder, read from one TOML file and frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from train.augment import PRESETS
+from train.losses import TEMPERATURE, VARIANTS, Variant
+
+GEOMETRIES = ("paper", "native")
+
+
+class RecipeError(Exception):
+    """The recipe is wrong; the message names the file and the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of steps with one view geometry.
+
+    records: images of each class in a step (each gives four views). tokens: patches kept of the 196. aligned: share of the fakes
+    that are aligned fakes of the step's own reals. strength: of the augmentation preset, linear from first to last step. depth:
+    blocks in use; a recipe that begins with fewer than twelve starts the others as identities, so growing changes no output.
+    """
+
+    steps: int
+    records: int = 64
+    tokens: int = 196
+    geometry: Literal["paper", "native"] = "paper"
+    preset: str = "code"
+    strength_from: float = 1.0
+    strength_to: float = 1.0
+    aligned: float = 0.0
+    depth: int = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Defaults are the paper's where the paper has one (arXiv 2407.20337, section 4.1)."""
+
+    name: str
+    phases: tuple[Phase, ...]
+    seed: int = 0
+    loss: Variant = "paper"
+    temperature: float = TEMPERATURE
+    cross_entropy_weight: float = 0.0
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 1e-6
+    weight_decay: float = 2e-5
+    beta2: float = 0.999
+    warmup_steps: int = 0
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    source_balance: float = 0.5
+    whitened: bool = False
+    bf16: bool = True
+    compile: bool = False
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def phase_at(self, step: int) -> tuple[Phase, float]:
+        """The phase of a step and how far it has gone, 0 to 1."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step / max(1, phase.steps - 1)
+            step -= phase.steps
+        return self.phases[-1], 1.0
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path) -> Recipe:
+    """Reads a recipe; raises RecipeError naming the field at fault."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise RecipeError(f"{path}: no such recipe") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise RecipeError(f"{path}: {exc}") from exc
+    phases = raw.pop("phases", None)
+    if not isinstance(phases, list) or not phases:
+        raise RecipeError(f"{path}: needs at least one [[phases]] table")
+    recipe: Recipe = _filled(
+        Recipe,
+        {
+            "name": path.stem,
+            **raw,
+            "phases": tuple(_filled(Phase, phase, f"{path}: phases[{i}]") for i, phase in enumerate(phases)),
+        },
+        str(path),
+    )
+    _check(recipe, path)
+    return recipe
+
+
+def _filled(kind: Any, values: dict[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise RecipeError(f"{where}: unknown field {unknown[0]!r}")
+    for name, value in values.items():
+        default = fields[name].default
+        expected = int if name == "steps" else type(default)
+        if default is dataclasses.MISSING and name != "steps":
+            continue
+        if expected is float and type(value) is int:
+            values = {**values, name: float(value)}
+        elif type(value) is not expected:
+            raise RecipeError(f"{where}: {name} must be {expected.__name__}, not {value!r}")
+    if "steps" in fields and "steps" not in values:
+        raise RecipeError(f"{where}: steps is missing")
+    return kind(**values)
+
+
+def _check(recipe: Recipe, path: Path) -> None:
+    if recipe.loss not in VARIANTS:
+        raise RecipeError(f"{path}: loss must be one of {', '.join(VARIANTS)}, not {recipe.loss!r}")
+    for i, phase in enumerate(recipe.phases):
+        where = f"{path}: phases[{i}]"
+        if phase.geometry not in GEOMETRIES:
+            raise RecipeError(f"{where}: geometry must be one of {', '.join(GEOMETRIES)}, not {phase.geometry!r}")
+        if phase.preset not in PRESETS:
+            raise RecipeError(f"{where}: preset must be one of {', '.join(PRESETS)}, not {phase.preset!r}")
+        if not 1 <= phase.tokens <= 196 or phase.steps < 1 or phase.records < 2:
+            raise RecipeError(f"{where}: needs steps >= 1, records >= 2 and tokens in 1..196")
+        if not 1 <= phase.depth <= 12 or (i and phase.depth < recipe.phases[i - 1].depth):
+            raise RecipeError(f"{where}: depth lies in 1..12 and never shrinks")
+        if not 0 <= phase.aligned <= 1 or not 0 <= phase.strength_from <= 1 or not 0 <= phase.strength_to <= 1:
+            raise RecipeError(f"{where}: aligned and strengths lie in 0..1")
