@@ -133,7 +133,7 @@ class TinyAutoencoder:
             except (SafetensorError, RuntimeError) as exc:
                 reason = str(exc).splitlines()[0]
                 raise AlignedError(f"{path}: not the weights of the tiny autoencoder ({reason})") from exc
-            self._parts.append(part.eval().to(self._dtype, memory_format=torch.channels_last))
+            self._parts.append(part.eval().to(self._dtype))
 
     def reconstruct(self, rgb: Rgb, passes: int = 1) -> Rgb:
         """uint8[h, w, 3] -> uint8[h, w, 3] after `passes` round trips; borders are reflected to a multiple of 8 px."""

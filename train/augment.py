@@ -192,8 +192,13 @@ def code(image: Image.Image, rng: Generator, strength: float = 1.0) -> Image.Ima
     return image
 
 
+# Mostly near the native size; sometimes far smaller, and sometimes larger, as the native pixels of a 12-megapixel photo look.
+_SCALES = ((0.74, 1.2), (0.5, 0.74), (1.2, 2.5))
+_SCALE_SHARES = (0.6, 0.1, 0.3)
+
+
 def platform(image: Image.Image, rng: Generator, strength: float = 1.0) -> Image.Image:
-    """What an upload goes through: mild colour, a resize or a screenshot, and one to three chained re-encodings.
+    """What an upload goes through: mild colour, a resize, blur or noise, a screenshot, and one to three chained re-encodings.
 
     `strength` in 0..1 scales how likely each step is; at 1 a quarter of the views still keep their first compression only,
     because uploads are also scored as they come. Evidence for mild operations with chained re-encodings: arXiv 2511.21507.
@@ -202,9 +207,16 @@ def platform(image: Image.Image, rng: Generator, strength: float = 1.0) -> Image
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(float(rng.uniform(0.85, 1.15)))
     if rng.random() < 0.5 * strength:
-        factor = float(rng.uniform(0.74, 1.2)) if rng.random() < 0.85 else float(rng.uniform(0.5, 0.74))
+        factor = float(rng.uniform(*_SCALES[int(rng.choice(len(_SCALES), p=_SCALE_SHARES))]))
         resample = _RESAMPLERS[int(rng.integers(len(_RESAMPLERS)))]
+        if factor > 1.2:
+            # Only what can end up in a crop is enlarged: a window of the old size, which also bounds the cost.
+            width, height = round(image.width / factor * 1.1), round(image.height / factor * 1.1)
+            left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+            image = image.crop((left, top, left + width, top + height))
         image = _sized(image, image.width * factor, image.height * factor, resample)
+    if rng.random() < 0.15 * strength:
+        image = _soft_or_noisy(image, rng)
     if rng.random() < 0.1 * strength:
         # A screenshot: fractional device pixels, resampled by the compositor.
         factor = float(rng.uniform(0.9, 1.1))
@@ -213,6 +225,14 @@ def platform(image: Image.Image, rng: Generator, strength: float = 1.0) -> Image
         for _ in range(1 + int(rng.choice(3, p=(0.6, 0.3, 0.1)))):
             image = _re_encoded(image, rng)
     return image
+
+
+def _soft_or_noisy(image: Image.Image, rng: Generator) -> Image.Image:
+    if rng.random() < 0.5:
+        return image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.2))))
+    pixels = np.asarray(image, dtype=np.float32)
+    noisy = pixels + rng.normal(0.0, rng.uniform(1.0, 6.0), pixels.shape).astype(np.float32)
+    return Image.fromarray(np.clip(np.round(noisy), 0, 255).astype(np.uint8))
 
 
 def _re_encoded(image: Image.Image, rng: Generator) -> Image.Image:

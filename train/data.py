@@ -116,6 +116,20 @@ def _entry(root: Path, row: dict[str, str], where: str) -> Entry:
     )
 
 
+def trained_sources(root: Path) -> frozenset[str]:
+    """Sources with images in the training split: their validation images calibrate, the others judge."""
+    return frozenset(entry.source for entry in read_manifest(root, "train"))
+
+
+def licences(root: Path) -> dict[str, str]:
+    """Per source the terms that the manifest's `licence` column states, joined; "not stated" where there is none."""
+    terms: dict[str, set[str]] = {}
+    with (root / "manifest.tsv").open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines, delimiter="\t"):
+            terms.setdefault(row["source"], set()).add(row.get("licence") or "not stated")
+    return {source: ", ".join(sorted(found)) for source, found in terms.items()}
+
+
 def digest(entries: Iterable[Entry]) -> str:
     """SHA-256 over the sorted (file name, label, sha256) of the entries: names a data set in TRAINING.md."""
     lines = sorted(f"{e.path.name}\t{e.label}\t{e.sha256}" for e in entries)
@@ -129,7 +143,9 @@ def assigned(shards: Sequence[Path], rank: int, world_size: int, worker: int = 0
 
 def read_shard(path: Path, damage: Damage) -> Iterator[Record]:
     """Streams a shard's records; members of one key must be neighbours, in any order, as WebDataset writes them."""
-    key, images, meta = "", {}, {}
+    key = ""
+    images: dict[str, bytes] = {}
+    meta: dict[str, dict[str, str]] = {}
     try:
         with tarfile.open(path, "r|*") as tar:
             for name, data in _members(tar, path, damage):

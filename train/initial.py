@@ -1,8 +1,8 @@
 """A start for the patch filters that hears high frequencies: eigenvectors of the data's own patches, scaled to equal loudness.
 
 Natural images carry almost all of their energy in low frequencies, so randomly initialised filters answer to content and leave
-the faint residue of a decoder to be found by many steps of gradient descent. Whitened filters give every band the same voice at
-step 0 (the first layer of github KellerJordan/cifar10-airbench does the same).
+the faint residue of a decoder to be found by many steps of gradient descent. Some of the filters therefore start whitened: each
+band they cover has the same voice at step 0 (the first layer of github KellerJordan/cifar10-airbench is made so).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from train.store import PixelStore
 from train.views import PATCH_PX, Sampler
 
 PATCHES = 24_000
-LOUDEST = 48
+SKIPPED = 48
 
 
 def whitened_filters(
     store: PixelStore, filters: int, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> NDArray[np.float32]:
-    """float32[filters, 3, 16, 16] for `patch_embed.proj.weight`; patches are drawn from both classes alike."""
+    """float32[filters, 3, 16, 16], rows for `patch_embed.proj.weight`; patches are drawn from both classes alike."""
     rng = np.random.default_rng((seed, 77))
     reals, fakes = Sampler(store, 0.5).sides()
     size = 3 * PATCH_PX**2
@@ -30,12 +30,12 @@ def whitened_filters(
         rgb = store.pixels(store.items[side[int(rng.integers(len(side)))]])
         top, left = (int(rng.integers(extent - PATCH_PX + 1)) for extent in rgb.shape[:2])
         patch = rgb[top : top + PATCH_PX, left : left + PATCH_PX].astype(np.float32) / 255
-        rows[i] = ((patch - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1).reshape(-1)
+        rows[i] = ((patch - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).transpose(2, 0, 1).reshape(-1)
     rows -= rows.mean(0)
     values, vectors = np.linalg.eigh(rows.T @ rows / PATCHES)
     values, vectors = values[::-1], vectors[:, ::-1]
-    # The loudest directions carry content; the others are sampled evenly down to the quietest.
-    chosen = np.concatenate((np.arange(LOUDEST), np.linspace(LOUDEST, size - 1, filters - LOUDEST).round().astype(int)))
+    # The loudest directions carry content, which random filters hear anyway; the rest is sampled evenly down to the quietest.
+    chosen = np.linspace(SKIPPED, size - 1, filters).round().astype(int)
     # Half a grey level of noise is the floor: below it there is only rounding.
     floor = (0.5 / 255 / float(np.mean(std))) ** 2
     scaled = vectors[:, chosen] / np.sqrt(values[chosen] + floor)

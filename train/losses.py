@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,8 +78,9 @@ def gathered(views: ViewEmbeddings) -> ViewEmbeddings:
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return views
-    from torch.distributed.nn.functional import all_gather  # type: ignore[attr-defined,unused-ignore]
+    from torch.distributed.nn.functional import all_gather  # type: ignore[attr-defined, unused-ignore]
 
+    gather: Callable[[Tensor], tuple[Tensor, ...]] = all_gather
     return ViewEmbeddings(
-        *(torch.cat(all_gather(part.contiguous())) for part in (views.plain, views.augmented, views.whole, views.local))
+        *(torch.cat(gather(part.contiguous())) for part in (views.plain, views.augmented, views.whole, views.local))
     )

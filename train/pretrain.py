@@ -42,7 +42,7 @@ class NonFiniteLossError(PretrainError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a progress line shows; `views_per_s` over the time since the last line."""
+    """What a progress line shows: means over the steps since the last line; `waited_share` of the time for the loader."""
 
     step: int
     steps: int
@@ -85,10 +85,10 @@ class Run:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         torch.manual_seed(recipe.seed)
         self.trainee = Trainee(encoder or VisionTransformer()).to(self.device)
-        if recipe.whitened:
-            filters = whitened_filters(PixelStore(store), self.trainee.encoder.dim, recipe.seed, MEAN, STD)
+        if recipe.whitened_filters:
+            filters = whitened_filters(PixelStore(store), recipe.whitened_filters, recipe.seed, MEAN, STD)
             with torch.no_grad():
-                self.trainee.encoder.patch_embed.proj.weight.copy_(torch.from_numpy(filters))
+                self.trainee.encoder.patch_embed.proj.weight[: len(filters)] = torch.from_numpy(filters)
         _start_as_identities(self.trainee.encoder, recipe.phases[0].depth)
         self.average = {name: p.detach().clone() for name, p in self.trainee.named_parameters()}
         self.optimiser = torch.optim.AdamW(
@@ -158,7 +158,7 @@ class Run:
         if not bool(torch.isfinite(loss)):
             raise NonFiniteLossError(f"step {self.step}: the loss is {loss.item()}; last checkpoint: {self.checkpoint}")
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         limit = recipe.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.trainee.parameters(), limit)
         if not bool(torch.isfinite(norm)):
@@ -186,6 +186,15 @@ class Run:
             for name, parameter in self.trainee.named_parameters():
                 self.average[name].lerp_(parameter, 1 - decay)
 
+    @property
+    def views(self) -> int:
+        """Views seen so far, over all ranks."""
+        seen, left = 0, self.step
+        for phase in self.recipe.phases:
+            seen += min(left, phase.steps) * phase.records * 2 * len(VIEWS) * self.world_size
+            left = max(0, left - phase.steps)
+        return seen
+
     def encoder_weights(self) -> dict[str, Tensor]:
         """The averaged encoder under timm's names, float32 on the CPU."""
         prefix = "encoder."
@@ -196,9 +205,9 @@ def _start_as_identities(encoder: VisionTransformer, depth: int) -> None:
     """Zeroes what blocks beyond `depth` add to their input: they change nothing until a later phase trains them."""
     with torch.no_grad():
         for block in list(encoder.blocks)[depth:]:
-            for layer in (block.attn.proj, block.mlp.fc2):
-                layer.weight.zero_()
-                layer.bias.zero_()
+            for name, parameter in block.named_parameters():
+                if name.startswith(("attn.proj.", "mlp.fc2.")):
+                    parameter.zero_()
 
 
 def by_class(embedding: Tensor, records: int) -> tuple[ViewEmbeddings, ViewEmbeddings]:
@@ -238,20 +247,22 @@ def train(
     end = min(run.recipe.steps, stop_after if stop_after is not None else run.recipe.steps)
     began = last_line = last_save = time.monotonic()
     trained_before, views, waited = run.train_seconds, 0, 0.0
+    since: list[dict[str, float]] = []
     with _stop_signals() as stopped:
         batches = iter(loader(run.store, run.recipe, run.step, run.rank, workers))
         while run.step < end and not stopped:
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
-            numbers = run.train_step(batch)
+            since.append(run.train_step(batch))
             views += len(batch.patches)
             now = time.monotonic()
             run.train_seconds = trained_before + now - began
             if on_progress is not None and (now - last_line >= line_every_s or run.step == end):
                 span = max(now - last_line, 1e-9)
-                on_progress(Progress(run.step, run.recipe.steps, views_per_s=views / span, waited_share=waited / span, **numbers))
-                last_line, views, waited = now, 0, 0.0
+                means = {name: math.fsum(numbers[name] for numbers in since) / len(since) for name in since[0]}
+                on_progress(Progress(run.step, run.recipe.steps, views_per_s=views / span, waited_share=waited / span, **means))
+                last_line, views, waited, since = now, 0, 0.0, []
             if now - last_save >= checkpoint_every_s:
                 run.save()
                 last_save = now
@@ -277,13 +288,13 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Joins torchrun's processes (gloo without CUDA, else nccl); does nothing in a single process."""
+def process_group() -> Iterator[int]:
+    """Joins torchrun's processes (gloo without CUDA, else nccl) and gives this one's rank; 0 in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
+        yield 0
         return
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield
+        yield distributed.get_rank()
     finally:
         distributed.destroy_process_group()

@@ -42,7 +42,12 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Defaults are the paper's where the paper has one (arXiv 2407.20337, section 4.1)."""
+    """Defaults are the paper's where the paper has one (arXiv 2407.20337, section 4.1).
+
+    whitened_filters: how many of the 192 patch filters start as in `train.initial`. source_balance: exponent of a source's size
+    in drawing. cross_entropy_weight: of a linear classifier on all views, which the paper does not have. ema_decay: of the
+    averaged weights that become the encoder.
+    """
 
     name: str
     phases: tuple[Phase, ...]
@@ -58,7 +63,7 @@ class Recipe:
     clip_norm: float = 0.0
     ema_decay: float = 0.0
     source_balance: float = 0.5
-    whitened: bool = False
+    whitened_filters: int = 0
     bf16: bool = True
     compile: bool = False
 
@@ -76,7 +81,9 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of all fields but the name: what a checkpoint belongs to."""
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path) -> Recipe:

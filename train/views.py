@@ -97,7 +97,7 @@ def batch_at(sampler: Sampler, recipe: Recipe, step: int, rank: int = 0) -> Batc
             item = sampler.store.items[number]
             # The seed's slot is the pair's, so that a real and its aligned fake draw alike.
             shared = slot if side == 0 or item.pair >= 0 else phase.records + slot
-            base = _base(sampler.store, item, np.random.default_rng((recipe.seed, rank, step, shared, 9)))
+            base = base_image(sampler.store, item, np.random.default_rng((recipe.seed, rank, step, shared, 9)))
             for v, view in enumerate(VIEWS):
                 rng = np.random.default_rng((recipe.seed, rank, step, shared, v))
                 crop = _VIEW_OF[phase.geometry](base, view, phase, strength, rng)
@@ -119,7 +119,7 @@ def patchified(crop: Rgb) -> Rgb:
     return grid.reshape(GRID * GRID, 3, PATCH_PX, PATCH_PX)
 
 
-def _base(store: PixelStore, item: Item, rng: np.random.Generator) -> Image.Image:
+def base_image(store: PixelStore, item: Item, rng: np.random.Generator) -> Image.Image:
     """An image as a camera or a site would have delivered it: what is lossless gets a photograph's first compression."""
     mirror, drawn = rng.random() < 0.5, int(rng.integers(max(1, len(store.tables))))
     image = Image.fromarray(store.pixels(item))

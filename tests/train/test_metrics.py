@@ -1,0 +1,99 @@
+"""Measures against slow implementations from their definitions and against scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train import metrics
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    n = draw(st.integers(2, 30))
+    labels = np.array(draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)), np.uint8)
+    labels[0], labels[1] = 0, 1
+    return labels, np.array(draw(st.lists(st.integers(-5, 5), min_size=n, max_size=n)), np.float64)
+
+
+@given(scored())
+@settings(max_examples=60)
+def test_auroc_counts_pairs(case: tuple[np.ndarray, np.ndarray]) -> None:
+    labels, scores = case
+    pairs = [(f > r) + (f == r) / 2 for f in scores[labels == 1] for r in scores[labels == 0]]
+    assert metrics.auroc(labels, scores) == pytest.approx(np.mean(pairs))
+
+
+@given(scored())
+@settings(max_examples=60)
+def test_average_precision_by_thresholds(case: tuple[np.ndarray, np.ndarray]) -> None:
+    labels, scores = case
+    expected, recall_before = 0.0, 0.0
+    if labels.min() == labels.max():
+        return
+    for t in sorted(set(scores.tolist()), reverse=True):
+        hit = scores >= t
+        recall = labels[hit].sum() / labels.sum()
+        expected += (recall - recall_before) * labels[hit].mean()
+        recall_before = recall
+    assert metrics.average_precision(labels, scores) == pytest.approx(expected)
+
+
+def test_ranking_agrees_with_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200).astype(np.uint8)
+    scores = np.round(rng.normal(labels, 1.0), 1)
+    assert metrics.auroc(labels, scores) == pytest.approx(sklearn.roc_auc_score(labels, scores))
+    assert metrics.average_precision(labels, scores) == pytest.approx(sklearn.average_precision_score(labels, scores))
+
+
+@given(scored(), st.sampled_from([0.001, 0.01, 0.1, 0.5]))
+@settings(max_examples=60)
+def test_tpr_at_fpr_is_the_best_threshold_that_keeps_the_rate(case: tuple[np.ndarray, np.ndarray], fpr: float) -> None:
+    labels, scores = case
+    fakes, reals = scores[labels == 1], scores[labels == 0]
+    candidates = [*np.unique(scores), scores.max() + 1]
+    allowed = [t for t in candidates if (reals >= t).mean() <= fpr]
+    assert metrics.tpr_at_fpr(fpr)(labels, scores) == pytest.approx(max((fakes >= t).mean() for t in allowed))
+
+
+def test_ece_by_hand() -> None:
+    labels = np.array([1, 0, 1, 1], np.uint8)
+    probabilities = np.array([0.9, 0.9, 0.1, 1.0])
+    # With ten bins: 0.9, 0.9 and 1.0 share the last one (mean confidence 2.8/3, frequency 2/3); 0.1 stands alone.
+    expected = (3 * abs(2.8 / 3 - 2 / 3) + 1 * abs(0.1 - 1.0)) / 4
+    assert metrics.expected_calibration_error(labels, probabilities, bins=10) == pytest.approx(expected)
+
+
+def test_balanced_accuracy_by_hand() -> None:
+    labels = np.array([1, 1, 0, 0, 0], np.uint8)
+    assert metrics.balanced_accuracy(0.5)(labels, np.array([0.5, 0.4, 0.1, 0.6, 0.2])) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(("reals", "bound"), [(299, 0.01), (2995, 0.001)])
+def test_certifying_a_rate_takes_this_many_reals_without_an_error(reals: int, bound: float) -> None:
+    assert metrics.clopper_pearson_upper(0, reals) <= bound < metrics.clopper_pearson_upper(0, reals - 1)
+
+
+def test_clopper_pearson_inverts_the_binomial() -> None:
+    from scipy.stats import binom
+
+    upper = metrics.clopper_pearson_upper(3, 100)
+    assert binom.cdf(3, 100, upper) == pytest.approx(0.05, abs=1e-9)
+    assert metrics.clopper_pearson_upper(5, 5) == 1.0
+
+
+def test_bootstrap_holds_the_value_and_narrows_with_more_images() -> None:
+    rng = np.random.default_rng(1)
+    widths = []
+    for n in (40, 640):
+        labels = np.repeat([0, 1], n).astype(np.uint8)
+        scores = rng.normal(labels, 1.0)
+        low, high = metrics.bootstrap_interval(metrics.auroc, labels, scores, resamples=200)
+        assert low < metrics.auroc(labels, scores) < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+    assert np.isnan(metrics.bootstrap_interval(metrics.auroc, np.ones(3, np.uint8), np.ones(3))[0])

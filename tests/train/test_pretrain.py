@@ -1,0 +1,91 @@
+"""Pretraining: a cut run ends as an uncut one, a broken loss stops before the step, the task can be learned."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.train.pictures import corpus  # noqa: E402
+from tests.train.tiny import encoder, recipe  # noqa: E402
+from train.data import read_manifest  # noqa: E402
+from train.pretrain import NonFiniteLossError, PretrainError, Progress, Run, learning_rate, train  # noqa: E402
+from train.recipe import Phase, Recipe  # noqa: E402
+from train.store import PixelStore, build  # noqa: E402
+from train.views import Sampler, batch_at  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    build(read_manifest(corpus(folder / "in"), "train"), folder / "store", lambda rgb: 255 - rgb)
+    return folder / "store"
+
+
+def _run(store: Path, folder: Path, tiny: Recipe) -> Run:
+    return Run(tiny, store, folder, encoder=encoder())
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_a_run_cut_at_any_step_ends_with_the_weights_of_an_uncut_one(store: Path, tmp_path: Path, cut: int) -> None:
+    tiny = recipe(warmup_steps=2, phases=(Phase(3, 3, 5, "native", "platform", depth=1), Phase(3, 3, 5, "native", depth=2)))
+    whole = _run(store, tmp_path / "whole", tiny)
+    assert train(whole, workers=0) == 6
+    train(_run(store, tmp_path / "cut", tiny), workers=0, stop_after=cut)
+    resumed = _run(store, tmp_path / "cut", tiny)
+    assert resumed.resume() and resumed.step == cut
+    train(resumed, workers=0)
+    for name, weight in whole.trainee.state_dict().items():
+        assert torch.equal(weight, resumed.trainee.state_dict()[name]), name
+    for name, weight in whole.encoder_weights().items():
+        assert torch.equal(weight, resumed.encoder_weights()[name]), name
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(store: Path, tmp_path: Path) -> None:
+    _run(store, tmp_path, recipe()).save()
+    with pytest.raises(PretrainError, match="another recipe"):
+        _run(store, tmp_path, recipe(seed=6)).resume()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(store: Path, tmp_path: Path) -> None:
+    run = _run(store, tmp_path, recipe())
+    with torch.no_grad():
+        run.trainee.encoder.norm.weight[0] = math.nan
+    before = {name: p.clone() for name, p in run.trainee.named_parameters()}
+    with pytest.raises(NonFiniteLossError, match="step 0: the loss is nan"):
+        run.train_step(batch_at(Sampler(PixelStore(store), 0.5), run.recipe, 0))
+    assert run.step == 0
+    for name, p in run.trainee.named_parameters():
+        assert torch.equal(p.isnan(), before[name].isnan()) and torch.equal(p.nan_to_num(), before[name].nan_to_num())
+
+
+def test_blocks_beyond_the_first_phases_depth_start_as_identities(store: Path, tmp_path: Path) -> None:
+    run = _run(store, tmp_path, recipe(depth=1))
+    batch = batch_at(Sampler(PixelStore(store), 0.5), run.recipe, 0)
+    with torch.no_grad():
+        shallow, _ = run.trainee(batch.patches, batch.index, 1)
+        deep, _ = run.trainee(batch.patches, batch.index, 2)
+    assert torch.equal(shallow, deep)
+
+
+def test_it_learns_what_tells_the_classes_apart(store: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    tiny = recipe(
+        steps=60, records=8, tokens=8, strength_from=0.0, strength_to=0.0, aligned=0.0, learning_rate=3e-3, whitened_filters=12
+    )
+    run = _run(store, tmp_path, tiny)
+    train(run, workers=0, line_every_s=0.0, on_progress=seen.append)
+    assert sum(p.accuracy for p in seen[-10:]) / 10 > 0.8
+    assert seen[-1].contrastive < seen[0].contrastive - 0.5
+    assert run.views == 60 * 8 * 2 * 4
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    tiny = recipe(steps=110, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.0)
+    rates = [learning_rate(tiny, s) for s in range(110)]
+    assert rates[0] == pytest.approx(1e-6) and rates[10] == 1.0 and rates[60] == pytest.approx(0.5)
+    assert all(a > b for a, b in pairwise(rates[10:])) and rates[-1] < 1e-3

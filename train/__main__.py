@@ -1,0 +1,307 @@
+"""The command line: `python -m train pretrain | probe | calibrate | evaluate | promote | pack`.
+
+Exit codes: 0 done; 1 the candidate was not promoted (`promote`); 2 bad arguments or data, one line that says what and where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from train.pretrain import Progress
+
+DONE, NOT_PROMOTED, BAD = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        code: int = parsed.run(parsed)
+    except KeyboardInterrupt:
+        return 130
+    except _expected() as exc:
+        # One line, whatever a library put into its message.
+        print(f"train {parsed.command}: {' '.join(str(exc).split())}", file=sys.stderr)
+        return BAD
+    return code
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    from engine.backends.base import BackendError
+    from engine.bundle import BundleError
+    from train.aligned import AlignedError
+    from train.data import DataError
+    from train.promote import PromoteError
+    from train.recipe import RecipeError
+
+    expected: tuple[type[Exception], ...] = (
+        BackendError,
+        BundleError,
+        AlignedError,
+        DataError,
+        PromoteError,
+        RecipeError,
+        OSError,
+    )
+    # Only where torch was needed can its errors have been raised.
+    pretrain = sys.modules.get("train.pretrain")
+    return (*expected, pretrain.PretrainError) if pretrain is not None else (*expected, ModuleNotFoundError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="train", description="Trains, calibrates, evaluates and promotes the detector.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    one = commands.add_parser("pretrain", help="train the encoder by a recipe; resumes where it stopped")
+    one.add_argument("--recipe", type=Path, required=True, help="TOML file, e.g. train/recipes/cpu-tiny.toml")
+    _data(one)
+    _out(one)
+    one.add_argument(
+        "--autoencoder", type=Path, help="folder of the tiny autoencoder, for aligned fakes; default: upsampling artefacts"
+    )
+    one.add_argument("--workers", type=_at_least(0), default=1, help="loader processes (0: none)")
+    one.add_argument("--threads", type=_at_least(1), default=1, help="torch's CPU threads; one is the best on shared cores")
+    one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    one.add_argument("--export", action="store_true", help="do not train: export the encoder of the checkpoint as it stands")
+    one.set_defaults(run=_pretrain)
+
+    two = commands.add_parser("probe", help="fit the three heads on the encoder's embeddings")
+    _out(two)
+    two.add_argument("--name", default="code-vit-tiny-corpus", help="name of the model")
+    _version(two)
+    two.add_argument("--copies", type=_at_least(1), default=1, help="augmented copies of each image")
+    two.add_argument("--no-aligned", action="store_true", help="leave the aligned fakes out")
+    two.add_argument("--seed", type=_at_least(0), default=0)
+    two.set_defaults(run=_probe)
+
+    three = commands.add_parser("calibrate", help="probabilities, thresholds and abstain band from validation images")
+    _data(three)
+    _out(three)
+    _version(three)
+    three.set_defaults(run=_calibrate)
+
+    four = commands.add_parser("evaluate", help="measure a bundle by source and generator; writes report.json")
+    _data(four)
+    _out(four)
+    four.add_argument("--bundle", type=Path, help="folder of the bundle; default: the calibrated one of --out and --version")
+    four.add_argument("--version", help="version in --out")
+    four.add_argument("--backend", default="torch", help="torch, openvino, tensorrt, auto")
+    four.add_argument("--threads", type=_at_least(0), default=0, help="0: one a core")
+    four.set_defaults(run=_evaluate)
+
+    five = commands.add_parser("promote", help="publish the calibrated bundle if it passes the gate")
+    _out(five)
+    _version(five)
+    five.add_argument("--models", type=Path, required=True, help="folder of the model's versions, with CURRENT")
+    five.add_argument("--max-fpr", type=float, default=None, help="largest FPR on unseen sources at the threshold for 1%%")
+    five.set_defaults(run=_promote)
+
+    six = commands.add_parser("pack", help="write shards in D3's layout from a folder with a manifest")
+    _data(six)
+    _out(six)
+    six.add_argument("--split", default="train")
+    six.add_argument("--records", type=_at_least(1), default=1000, help="records a shard")
+    six.set_defaults(run=_pack)
+    return parser
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="folder with manifest.tsv and its images")
+
+
+def _out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
+
+
+def _version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", required=True, help="version of the bundle, e.g. 2026.11.1")
+
+
+def _at_least(least: int):  # type: ignore[no-untyped-def]
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _counter(what: str, every: int = 500):  # type: ignore[no-untyped-def]
+    def show(count: int) -> None:
+        if count % every < 32:
+            _say(f"{what}: {count}")
+
+    return show
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    import torch
+
+    from train import recipe as recipes
+    from train import stages, store
+    from train.data import read_manifest
+    from train.pretrain import Run, process_group, train
+
+    torch.set_num_threads(args.threads)
+    recipe = recipes.load(args.recipe)
+    entries = read_manifest(args.data, "train")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with process_group() as rank:
+        if rank == 0:
+            built, damage = store.build(entries, args.out / "store", _reconstruction(args), _counter("decoded"))
+            _say(f"store: {len(built.items)} images; {damage}")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        opened = store.PixelStore(args.out / "store")
+        run = Run(recipe, args.out / "store", args.out, args.device)
+        if run.resume():
+            _say(f"resumed at step {run.step} of {recipe.steps}")
+        if not args.export:
+            train(run, workers=args.workers, on_progress=_line if rank == 0 else None)
+        if rank == 0:
+            sha256 = stages.save_encoder(run.encoder_weights(), args.out)
+            stages.write_facts(
+                args.out,
+                data=stages.data_facts(args.data, entries, sum(item.pair >= 0 for item in opened.items)),
+                summary=stages.summary(recipe, run.step, run.views, run.train_seconds),
+                recipe_sha256=recipe.digest,
+                encoder_sha256=sha256,
+                pretrain_command=_command("pretrain", args, ("recipe", "autoencoder")),
+            )
+            _say(f"{args.out / stages.ENCODER_FILE}: the averaged encoder after {run.step} steps")
+    return DONE
+
+
+def _reconstruction(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    from train.aligned import ReconstructionCache, TinyAutoencoder, upsampled
+
+    if args.autoencoder is not None:
+        return ReconstructionCache(args.out / "aligned", TinyAutoencoder(args.autoencoder).reconstruct)
+    return ReconstructionCache(args.out / "upsampled", lambda rgb: upsampled(rgb, np.random.default_rng(int(rgb.sum()))))
+
+
+def _line(progress: Progress) -> None:
+    _say(
+        f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f} (contrastive {progress.contrastive:.4f}, "
+        f"cross entropy {progress.cross_entropy:.4f})  accuracy {progress.accuracy:.3f}, aligned {progress.aligned_accuracy:.3f} "
+        f"lr {progress.learning_rate:.2e}  {progress.views_per_s:.0f} views/s, {progress.waited_share:.1%} waiting for data"
+    )
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from train import stages
+
+    given = f" --name {shlex.quote(args.name)} --copies {args.copies} --seed {args.seed}" + " --no-aligned" * args.no_aligned
+    stages.write_facts(args.out, name=args.name, probe_arguments=given)
+    folder = stages.run_probe(
+        args.out,
+        args.name,
+        args.version,
+        copies=args.copies,
+        aligned=not args.no_aligned,
+        seed=args.seed,
+        on_image=_counter("embedded"),
+    )
+    _say(f"{folder}: heads fitted, not calibrated")
+    return DONE
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from engine import bundle
+    from train import stages
+
+    folder = stages.run_calibrate(args.out, args.data, args.version, _counter("embedded", 250))
+    manifest = bundle.load(folder).manifest
+    for head, named in manifest.thresholds.items():
+        for name, t in named.items():
+            print(
+                f"{head:7} {manifest.calibration[head].method:12} {name:10} {t.threshold:.4f}  FPR {t.fpr:.4f} "
+                f"(at most {t.fpr_upper:.4f} with 95% confidence, {t.reals} reals)  TPR {t.tpr:.4f}"
+            )
+    return DONE
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from train import stages
+
+    if args.bundle is None and args.version is None:
+        _parser().error("evaluate needs --bundle, or --version of a bundle in --out")
+    folder = args.bundle or args.out / "bundles" / f"{args.version}-calibrated"
+    report = stages.run_evaluate(
+        folder, args.data, args.out, backend=args.backend, threads=args.threads, on_image=_counter("scored", 250)
+    )
+    for condition, parts in report["conditions"].items():
+        for part, values in parts.items():
+            for head, measured in values["heads"].items():
+                auroc, tpr = measured["auroc"], measured["tpr_at_fpr_0.01"]
+                print(
+                    f"{condition:7} {part:20} {head:7} AUROC {auroc['value']:.3f} ({auroc['low']:.3f}-{auroc['high']:.3f})  "
+                    f"TPR at FPR 1% {tpr['value']:.3f} ({tpr['low']:.3f}-{tpr['high']:.3f})"
+                )
+    _say(f"{args.out / 'report.json'}: the whole report")
+    return DONE
+
+
+def _promote(args: argparse.Namespace) -> int:
+    from train import promote, stages
+
+    facts = stages.read_facts(args.out)
+    commands = [str(facts["pretrain_command"])]
+    for command, needs in (("probe", ""), ("calibrate", " --data $CORPUS"), ("evaluate", " --data $CORPUS")):
+        given = facts.get(f"{command}_arguments", "")
+        commands.append(f"python -m train {command}{needs} --out $RUN --version {shlex.quote(args.version)}{given}")
+    commands.append(f"python -m train promote --out $RUN --version {shlex.quote(args.version)} --models models")
+    max_fpr = promote.MAX_FPR if args.max_fpr is None else args.max_fpr
+    rules, published = stages.run_promote(args.out, args.models, args.version, commands, max_fpr)
+    for rule in rules:
+        print(f"{'pass' if rule.passed else 'FAIL'}  {rule.name}: {rule.detail}")
+    if published is None:
+        _say("not promoted")
+        return NOT_PROMOTED
+    _say(f"{published}: promoted")
+    return DONE
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from train.data import read_manifest, write_shards
+
+    shards, damage = write_shards(read_manifest(args.data, args.split), args.out, args.records)
+    print(f"{len(shards)} shards in {args.out}; {damage}")
+    return DONE
+
+
+def _command(name: str, args: argparse.Namespace, paths: Sequence[str]) -> str:
+    """The command as it can be given again; folders of this machine become variables."""
+    text = f"python -m train {name} --data $CORPUS --out $RUN"
+    if "recipe" in paths:
+        text += f" --recipe train/recipes/{args.recipe.name}"
+    if "autoencoder" in paths and args.autoencoder is not None:
+        text += " --autoencoder $AUTOENCODER"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

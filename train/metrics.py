@@ -1,0 +1,109 @@
+"""Measures of a detector's scores, in numpy: ranking, operating points, calibration, and intervals for each.
+
+labels: uint8[n], 1 = AI-generated; scores: float[n], larger = more likely AI-generated. Every measure returns a float, NaN where
+it is not defined (one class only, no images).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.uint8]
+Scores = NDArray[np.floating]
+Measure = Callable[[Labels, Scores], float]
+
+
+def auroc(labels: Labels, scores: Scores) -> float:
+    """Probability that a generated image scores above a real one, ties counting one half (Mann-Whitney)."""
+    fakes, reals = scores[labels == 1], np.sort(scores[labels == 0])
+    if not len(fakes) or not len(reals):
+        return float("nan")
+    below = np.searchsorted(reals, fakes, side="left")
+    tied = np.searchsorted(reals, fakes, side="right") - below
+    return float((below + tied / 2).sum() / (len(fakes) * len(reals)))
+
+
+def average_precision(labels: Labels, scores: Scores) -> float:
+    """Sum over distinct thresholds of precision times the rise in recall; depends on the share of generated images."""
+    positives = int((labels == 1).sum())
+    if not positives or positives == len(labels):
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(labels[order] == 1)
+    last = np.append(np.diff(scores[order]) != 0, True)
+    seen = np.arange(1, len(labels) + 1)[last]
+    precision, recall = hits[last] / seen, hits[last] / positives
+    return float(np.sum(precision * np.diff(np.concatenate(([0.0], recall)))))
+
+
+def threshold_at_fpr(reals: Scores, fpr: float) -> float:
+    """The smallest of the reals' scores t (or just above the largest) with at most `fpr` of the reals at or above t."""
+    allowed = int(np.floor(fpr * len(reals) + 1e-9))
+    ordered = np.sort(np.asarray(reals, np.float64))[::-1]
+    if allowed >= len(ordered):
+        return float(ordered[-1])
+    # `allowed` reals may pass; the next one must not, nor any that ties with it.
+    return float(np.nextafter(ordered[allowed], np.inf))
+
+
+def tpr_at_fpr(fpr: float) -> Measure:
+    """Measure: share of the generated images found when at most `fpr` of these very reals are flagged."""
+
+    def measure(labels: Labels, scores: Scores) -> float:
+        fakes, reals = scores[labels == 1], scores[labels == 0]
+        if not len(fakes) or not len(reals):
+            return float("nan")
+        return float((fakes.astype(np.float64) >= threshold_at_fpr(reals, fpr)).mean())
+
+    return measure
+
+
+def balanced_accuracy(threshold: float) -> Measure:
+    """Measure: mean of the shares of generated images at or above, and of reals below, `threshold`."""
+
+    def measure(labels: Labels, scores: Scores) -> float:
+        fakes, reals = scores[labels == 1], scores[labels == 0]
+        if not len(fakes) or not len(reals):
+            return float("nan")
+        return float(((fakes >= threshold).mean() + (reals < threshold).mean()) / 2)
+
+    return measure
+
+
+def expected_calibration_error(labels: Labels, probabilities: Scores, bins: int = 15) -> float:
+    """Mean distance of confidence and frequency over equally wide bins, weighted by their counts (arXiv 1706.04599)."""
+    if not len(labels):
+        return float("nan")
+    place = np.minimum((np.asarray(probabilities, np.float64) * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    gap = np.abs(np.bincount(place, labels == 1, bins) - np.bincount(place, probabilities, bins))
+    return float(gap[counts > 0].sum() / len(labels))
+
+
+def bootstrap_interval(
+    measure: Measure, labels: Labels, scores: Scores, *, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval; reals and generated images are resampled each within their class. (NaN, NaN) where undefined."""
+    fakes, reals = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
+    if not len(fakes) or not len(reals):
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    values = np.empty(resamples)
+    for i in range(resamples):
+        chosen = np.concatenate((rng.choice(fakes, len(fakes)), rng.choice(reals, len(reals))))
+        values[i] = measure(labels[chosen], scores[chosen])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def clopper_pearson_upper(errors: int, trials: int, confidence: float = 0.95) -> float:
+    """One-sided upper bound of a rate after `errors` in `trials` (Clopper and Pearson 1934)."""
+    from scipy.stats import beta
+
+    if trials < 1 or not 0 <= errors <= trials:
+        raise ValueError(f"{errors} errors in {trials} trials")
+    return 1.0 if errors == trials else float(beta.ppf(confidence, errors + 1, trials - errors))

@@ -1,0 +1,248 @@
+"""The steps of a training run as functions over folders: what each reads, computes and leaves behind.
+
+pretrain:  data -> OUT/store, OUT/encoder.safetensors, OUT/facts.json      probe:    OUT -> OUT/bundles/<version>-probe
+calibrate: OUT  -> OUT/bundles/<version>-calibrated                        evaluate: bundle -> OUT/report.json, OUT/report.md
+promote:   calibrated bundle + report -> MODELS/<version>, TRAINING.md, CURRENT
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform as machine
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import bundle as bundles
+from engine.calibration import Platt
+from engine.detector import Detector
+from engine.heads import HEADS
+from engine.manifest import Histogram, Parent, Reference
+from train import calibrate as calibration
+from train import card, evaluate, probe, promote
+from train.augment import PRESETS
+from train.data import Damage, DataError, Entry, digest, licences, read_manifest, trained_sources
+from train.embed import Encoder, degraded, embed, from_files, from_store, load_encoder
+from train.recipe import Recipe
+
+ENCODER_FILE = "encoder.safetensors"
+FACTS_FILE = "facts.json"
+LAYER_NORM_EPS = 1e-6
+SCORE_BINS = 20
+
+OnCount = Callable[[int], None]
+
+
+def write_facts(out: Path, **changes: Any) -> dict[str, Any]:
+    """Adds to OUT/facts.json and returns all of it."""
+    path = out / FACTS_FILE
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    facts.update(changes)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
+    partial.replace(path)
+    return facts
+
+
+def read_facts(out: Path) -> dict[str, Any]:
+    """OUT/facts.json; raises DataError where pretraining has not been here."""
+    path = out / FACTS_FILE
+    if not path.exists():
+        raise DataError(f"{path}: no such file; `train pretrain` writes it")
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts
+
+
+def data_facts(root: Path, entries: list[Entry], aligned: int) -> dict[str, Any]:
+    """What a model card says of the training data."""
+    terms = licences(root)
+    counts = Counter((e.label, e.source, e.generator) for e in entries)
+    return {
+        "real": sum(not e.label for e in entries),
+        "fake": sum(e.label for e in entries),
+        "aligned": aligned,
+        "sha256": digest(entries),
+        "sources": [
+            {"label": "fake" if label else "real", "source": source, "generator": generator, "files": n, "licence": terms[source]}
+            for (label, source, generator), n in sorted(counts.items())
+        ],
+    }
+
+
+def save_encoder(weights: Mapping[str, Any], out: Path) -> str:
+    """Writes OUT/encoder.safetensors whole; returns its SHA-256."""
+    from safetensors.numpy import save
+
+    data = save({name: np.ascontiguousarray(np.asarray(array, np.float32)) for name, array in weights.items()})
+    partial = out / f"{ENCODER_FILE}.partial"
+    partial.write_bytes(data)
+    partial.replace(out / ENCODER_FILE)
+    return hashlib.sha256(data).hexdigest()
+
+
+def hardware() -> str:
+    """The machine in words: processor and usable cores, GPU if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
+    model = machine.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores, no GPU"
+
+
+def summary(recipe: Recipe, steps: int, views: int, seconds: float) -> dict[str, str]:
+    """Facts of a pretraining run for card and TRAINING.md."""
+    import torch
+
+    return {
+        "recipe": f"{recipe.name}, loss `{recipe.loss}` with cross entropy of weight {recipe.cross_entropy_weight:g} beside it",
+        "steps": f"{steps} of {recipe.steps}, {views} views",
+        "time": f"{seconds / 60:.0f} minutes",
+        "seed": str(recipe.seed),
+        "hardware": hardware(),
+        "versions": f"torch {torch.__version__}, numpy {np.__version__}, Python {machine.python_version()}",
+    }
+
+
+def run_probe(out: Path, name: str, version: str, *, copies: int, aligned: bool, seed: int, on_image: OnCount) -> Path:
+    """Fits the heads on OUT's store and writes an uncalibrated bundle; returns its folder."""
+    from train.store import PixelStore
+
+    weights = load_encoder(out / ENCODER_FILE)
+    store = PixelStore(out / "store")
+    embedded = embed(Encoder(weights, layer_norm_eps=LAYER_NORM_EPS), from_store(store, seed, copies, aligned), on_image)
+    heads = probe.fit(embedded, seed=seed)
+    scale = np.maximum(np.std(heads.raw_scores(embedded.embedding), axis=0), 1e-6)
+    draft = bundles.Draft(
+        name=name,
+        version=version,
+        encoder=weights,
+        heads=heads,
+        # Monotone placeholders until `calibrate`: ranking is right, probabilities are not.
+        calibration={head: Platt(slope=float(1 / scale[i])) for i, head in enumerate(HEADS)},
+        layer_norm_eps=LAYER_NORM_EPS,
+        model_card=f"# {name} {version}\n\nNot calibrated and not evaluated: not for use.\n",
+        linear_c=probe.C,
+        svm_nu=probe.NU,
+    )
+    text = (
+        f"{len(embedded.facts)} crops of {len(store.items)} images, preset `platform`, aligned fakes {'in' if aligned else 'out'}"
+    )
+    write_facts(out, probe=text)
+    return _replaced(out / "bundles" / f"{version}-probe", draft)
+
+
+def run_calibrate(out: Path, data: Path, version: str, on_image: OnCount) -> Path:
+    """Calibrates the probe's bundle on the validation images of trained sources; returns the calibrated bundle's folder."""
+    loaded = bundles.load(out / "bundles" / f"{version}-probe")
+    sources = trained_sources(data)
+    entries = [e for e in read_manifest(data, "val") if e.source in sources]
+    if not entries or len({e.label for e in entries}) < 2:
+        raise DataError(f"{data}: no validation images of both classes from sources that are in training too")
+    damage = Damage()
+    encoder = Encoder(loaded.encoder, layer_norm_eps=loaded.manifest.encoder.layer_norm_eps)
+    images = list(from_files(entries, damage))
+    clean = embed(encoder, images, on_image)
+    copies = embed(encoder, degraded(images, lambda image, rng: PRESETS["platform"](image, rng, 1.0), seed=1), on_image)
+    embedding = np.concatenate((clean.embedding, copies.embedding))
+    facts = clean.facts + copies.facts
+    labels = np.array([f.label for f in facts], np.uint8)
+    raw = loaded.heads.raw_scores(embedding)
+    # Photographs of one folder are independent of each other; generated images of one folder may share a prompt.
+    groups = [f.group if f.label else f.key for f in facts]
+    calibrations, thresholds, losses = calibration.calibrate(raw, labels, groups, [f.key for f in facts])
+    draft = _draft_of(loaded)
+    scores = {}
+    for i, head in enumerate(HEADS):
+        counts, edges = np.histogram(calibrations[head].apply(raw[:, i]), bins=SCORE_BINS, range=(0.0, 1.0))
+        scores[head] = Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))
+    reference = Reference(
+        images=len(facts),
+        embedding_mean=tuple(embedding.astype(np.float64).mean(0).tolist()),
+        embedding_std=tuple(embedding.astype(np.float64).std(0).tolist()),
+        scores=scores,
+    )
+    changed = {"calibration": calibrations, "thresholds": thresholds, "abstain": dict.fromkeys(HEADS, calibration.ABSTAIN)}
+    write_facts(out, calibration_losses=losses, calibration_skipped=str(damage))
+    return _replaced(out / "bundles" / f"{version}-calibrated", bundles.Draft(**{**draft, **changed, "reference": reference}))
+
+
+def run_evaluate(folder: Path, data: Path, out: Path, *, backend: str, threads: int, on_image: OnCount) -> dict[str, Any]:
+    """Evaluates a bundle on all validation images; writes OUT/report.json."""
+    entries = read_manifest(data, "val")
+    damage = Damage()
+    with Detector.open(folder, backend=backend, threads=threads) as detector:
+        scored = {
+            name: evaluate.score(detector, entries, change, damage, on_image) for name, change in evaluate.CONDITIONS.items()
+        }
+        report = evaluate.report(detector, scored, trained_sources(data), digest(entries), damage)
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "report.json.partial"
+    partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    partial.replace(out / "report.json")
+    return report
+
+
+def run_promote(
+    out: Path, models: Path, version: str, commands: list[str], max_fpr: float
+) -> tuple[list[promote.Rule], Path | None]:
+    """Gates the calibrated bundle on its report and, if every rule holds, publishes it under MODELS; else (rules, None)."""
+    report = promote.read_report(out / "report.json")
+    loaded = bundles.load(out / "bundles" / f"{version}-calibrated")
+    if (
+        report["model"]["heads_sha256"] != loaded.manifest.heads.sha256
+        or report["model"]["encoder_sha256"] != loaded.manifest.encoder.sha256
+    ):
+        raise promote.PromoteError(f"{out / 'report.json'}: is of another bundle than {loaded.path}; evaluate it again")
+    champion: dict[str, Any] | None = None
+    parents: tuple[Parent, ...] = ()
+    if (models / bundles.CURRENT_FILE).exists():
+        current = bundles.load(models)
+        parents = (Parent(name=current.manifest.name, version=current.manifest.version, digest=current.digest),)
+        kept = current.manifest.metrics.get("report")
+        champion = kept if isinstance(kept, dict) else None
+    rules = promote.gate(report, champion, max_fpr)
+    if not all(rule.passed for rule in rules):
+        return rules, None
+    facts = read_facts(out)
+    text = card.model_card(loaded, report, facts)
+    draft = {**_draft_of(loaded), "model_card": text, "metrics": {"report": report}, "parents": parents}
+    models.mkdir(parents=True, exist_ok=True)
+    bundles.write(models / version, bundles.Draft(**draft))
+    (models / "TRAINING.md").write_text(card.training_page(loaded.manifest.name, version, facts, commands), encoding="utf-8")
+    return rules, bundles.publish(models, version)
+
+
+def _draft_of(loaded: bundles.Bundle) -> dict[str, Any]:
+    manifest = loaded.manifest
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "encoder": loaded.encoder,
+        "heads": loaded.heads,
+        "calibration": manifest.calibration,
+        "layer_norm_eps": manifest.encoder.layer_norm_eps,
+        "model_card": f"# {manifest.name} {manifest.version}\n\nA step of a training run: not for use.\n",
+        "thresholds": manifest.thresholds,
+        "abstain": manifest.abstain,
+        "reference": manifest.reference,
+        "linear_c": manifest.heads.linear.c,
+        "svm_nu": manifest.heads.ocsvm.nu,
+    }
+
+
+def _replaced(folder: Path, draft: bundles.Draft) -> Path:
+    # A step's own folder may be made again; what was promoted lies elsewhere and is never replaced.
+    if folder.exists():
+        shutil.rmtree(folder)
+    return bundles.write(folder, draft).path
