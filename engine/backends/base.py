@@ -143,9 +143,7 @@ class CheckedBackend(ABC):
             OutOfDeviceMemory, DeviceError: as their names say.
         """
         self._require("loaded", "infer")
-        if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != CROP_SHAPE:
-            raise ValueError(f"expected crops as uint8 [n, {CROP_PX}, {CROP_PX}, 3], got {crops.dtype} {list(crops.shape)}")
-        crops = np.ascontiguousarray(crops)
+        crops = self._checked(crops)
         step = self.max_batch_size or max(len(crops), 1)
         with self._alone("infer"):
             parts = [self._infer(crops[start : start + step]) for start in range(0, len(crops), step)]
@@ -153,9 +151,20 @@ class CheckedBackend(ABC):
             return Outputs(np.empty((0, len(HEADS)), np.float32), np.empty((0, EMBEDDING_DIM), np.float32))
         raw = np.concatenate([part.raw for part in parts]).astype(np.float32, copy=False)
         embedding = np.concatenate([part.embedding for part in parts]).astype(np.float32, copy=False)
-        # A maximum or a comparison in the graph can lose a NaN of the embedding: put it back.
-        raw[~np.isfinite(embedding).all(axis=1)] = np.nan
-        return Outputs(raw, embedding)
+        return self._marked(Outputs(raw, embedding))
+
+    @staticmethod
+    def _checked(crops: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The crops, contiguous; ValueError where they are none."""
+        if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != CROP_SHAPE:
+            raise ValueError(f"expected crops as uint8 [n, {CROP_PX}, {CROP_PX}, 3], got {crops.dtype} {list(crops.shape)}")
+        return np.ascontiguousarray(crops)
+
+    @staticmethod
+    def _marked(outputs: Outputs) -> Outputs:
+        """The same, with NaN where the embedding is not finite: a maximum or a comparison in the graph can lose it."""
+        outputs.raw[~np.isfinite(outputs.embedding).all(axis=1)] = np.nan
+        return outputs
 
     def close(self) -> None:
         """Give back the device's memory. May be called again, and before `load`; nothing else may follow."""

@@ -1,4 +1,4 @@
-"""`engine inspect`: what is in a model bundle, after verifying every file of it."""
+"""`engine inspect`: what is in a model bundle or a compiled plan, after verifying every file of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.bundle import Bundle, load, packaged
+from engine.commands import plan_sections
 from engine.heads import HEADS
 
 Section = list[tuple[str, str]]
@@ -16,12 +17,25 @@ Section = list[tuple[str, str]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `engine inspect`."""
-    parser.add_argument("bundle", nargs="?", type=Path, metavar="BUNDLE", help="folder; default: the packaged bundle")
-    parser.add_argument("--json", action="store_true", help="the manifest, the digest and the sizes as JSON")
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        type=Path,
+        metavar="BUNDLE_OR_PLAN",
+        help="a bundle's folder or a .plan file; default: the packaged bundle",
+    )
+    parser.add_argument("--json", action="store_true", help="everything that is known as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify and print."""
+    if arguments.bundle is not None and arguments.bundle.is_file():
+        plan = plan_sections.load(arguments.bundle)
+        if arguments.json:
+            print(json.dumps(plan.facts, indent=2))
+        else:
+            _print(plan_sections.sections(arguments.bundle, plan))
+        return 0
     bundle = load(packaged() if arguments.bundle is None else arguments.bundle)
     if arguments.json:
         print(json.dumps(to_json(bundle), indent=2))

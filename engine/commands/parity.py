@@ -1,4 +1,4 @@
-"""`python -m engine parity`: do the backends agree, on real images, in scores and decisions?"""
+"""`engine parity`: do the backends agree, on real images, in scores and decisions?"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.commands import CommandError
 from engine.preprocess import CROP_PX
 
 if TYPE_CHECKING:
@@ -35,26 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: all agree; 1: one does not; 2: nothing to compare.
-
-    Raises:
-        BundleError, BackendError, ValueError: as `engine.parity.compare`.
-    """
+    """0: all agree; 1: one does not."""
     from engine import parity
     from engine.bundle import load, packaged
 
     bundle = load(arguments.bundle or packaged())
     specs = [parity.Spec.parse(text) for text in arguments.backends.split(",")] if arguments.backends else _all_that_run()
     if len(specs) < 2:
-        print("engine parity: needs a reference and one more backend, such as torch,openvino", file=sys.stderr)
-        return 2
+        raise CommandError("parity needs a reference and one more backend, such as torch,openvino")
     crops, unread = _crops(arguments.images, arguments.limit)
     if not len(crops):
-        print("engine parity: no readable image in the given paths", file=sys.stderr)
-        return 2
-    results = []
-    for agreement in parity.compare(bundle, crops, specs[0], specs[1:]):
-        results.append(agreement)
+        raise CommandError("no readable image in the given paths")
+    try:
+        results = list(parity.compare(bundle, crops, specs[0], specs[1:]))
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     _print_table(results, bundle, unread, drawn=not arguments.images)
     if arguments.json:
         text = json.dumps(_document(results, bundle, drawn=not arguments.images), indent=2)
