@@ -192,8 +192,10 @@ def _parse(trt: Any, network: Any, onnx: bytes, log: Any) -> None:
 
 
 def _parser_problem(problem: Any) -> str:
-    node = problem.node_name() or f"number {problem.node()}"
-    return f"node {node} ({problem.node_operator() or 'unknown operator'}): {tensorrt_api.one_line(problem.desc())}"
+    text = tensorrt_api.one_line(problem.desc())
+    if problem.node() < 0:
+        return f"the graph: {text}"
+    return f"node {problem.node_name() or problem.node()} ({problem.node_operator() or 'unknown operator'}): {text}"
 
 
 def _configure(trt: Any, builder: Any, config: Any, recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorr
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 OLDEST = {"tensorrt": 10, "tensorrt_rtx": 1}
 _MAX_LINES = 200
+_NO_DRIVER = "CUDA driver version is insufficient"
 
 
 def load(flavour: str) -> Any:
@@ -73,13 +74,16 @@ def make_log(trt: Any) -> Any:
         def problem(self) -> str:
             """The first error, or what stands for it."""
             errors = [text for severity, text in self.lines if severity != "warning"]
+            # A machine without a driver complains of that on the way; it is not why a build for another one failed.
+            errors.sort(key=lambda text: _NO_DRIVER in text)
             return errors[0] if errors else "no reason was given"
 
     return Log()
 
 
 def one_line(text: str, limit: int = 400) -> str:
-    """A native message on one line, without source paths."""
+    """A native message on one line, without source paths and asides on a missing driver."""
     text = " ".join(text.split())
+    text = re.sub(rf"\s*\[checkMacros\.cpp::catchCudaError[^\[]*{_NO_DRIVER}[^)]*\)\)", "", text)
     text = re.sub(r"\s*In [\w:~]+ at /\S+\)?", "", text)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
