@@ -61,10 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    import structlog
+
     from engine.backends.base import BackendUnavailable, DeviceError, OutOfDeviceMemory
     from engine.bundle import BundleError
     from engine.commands import CommandError
 
+    # Standard output is for results.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     try:
         code = int(importlib.import_module(f"engine.commands.{parsed.command}").run(parsed))
         sys.stdout.flush()

@@ -69,7 +69,8 @@ class Detector:
 
         Args:
             bundle_path: a folder with manifest.json, or with CURRENT; None: the packaged bundle.
-            backend, device, threads, options: as `engine.backends.create` takes them.
+            backend, device, threads, options: as `engine.backends.create` takes them; `plan_cache` and `batch_sizes` may be
+                given to any backend, and mean something to those that compile plans.
             head: the serving head: linear, knn or ocsvm.
             crops: how images are cut: center or five.
 
@@ -165,6 +166,24 @@ class Detector:
     def outputs(self, crops: NDArray[np.uint8]) -> Outputs:
         """Raw scores and embeddings of crops, for training heads and measuring drift. Arguments and errors as `infer`."""
         return self._backend.infer(crops)
+
+    @property
+    def depth(self) -> int:
+        """Batches the backend takes at once: 2 where copying overlaps with computing, else 1."""
+        return int(getattr(self._backend, "depth", 1))
+
+    def submit(self, crops: NDArray[np.uint8]) -> object:
+        """Start a batch; at most `depth` may be under way. Its ticket, for `collect`. Arguments and errors as `infer`.
+
+        The array must stay as it is until then: a backend that takes one batch at a time computes in `collect`.
+        """
+        submit = getattr(self._backend, "submit", None)
+        return crops if submit is None else submit(crops)
+
+    def collect(self, ticket: Any) -> NDArray[np.float32]:
+        """Calibrated probabilities of a submitted batch; each ticket once, in the order of `submit`. Errors as `infer`."""
+        collect = getattr(self._backend, "collect", None)
+        return self.infer(ticket) if collect is None else self.calibrate(collect(ticket).raw)
 
     def calibrate(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
         """Raw scores f32 [n, 3] to probabilities f32 [n, 3]; a row with a value that is not finite becomes NaN."""

@@ -85,6 +85,7 @@ class EngineLoader:
 
         settings = self._settings
         started = time.monotonic()
+        batch_sizes = (1, *settings.batch.preferred_sizes, settings.batch.max_batch_size)
         detector = Detector.open(
             path,
             backend=settings.engine.backend,
@@ -92,8 +93,10 @@ class EngineLoader:
             head=settings.engine.head,
             crops=settings.engine.crops,
             threads=settings.engine.threads,
+            plan_cache=settings.engine.plan_cache,
+            batch_sizes=batch_sizes,
         )
-        detector.warm_up((1, *settings.batch.preferred_sizes, settings.batch.max_batch_size))
+        detector.warm_up(batch_sizes)
         log.info(
             "engine.loaded",
             backend=detector.backend_name,

@@ -77,6 +77,19 @@ class Engine:
         """uint8 [n, 224, 224, 3] -> float32 [n, heads], calibrated probabilities."""
         return self.detector.infer(crops)
 
+    @property
+    def depth(self) -> int:
+        """Batches the device takes at once."""
+        return self.detector.depth
+
+    def submit(self, crops: NDArray[np.uint8]) -> object:
+        """Start a batch; its ticket."""
+        return self.detector.submit(crops)
+
+    def collect(self, ticket: object) -> NDArray[np.float32]:
+        """Probabilities of a submitted batch, in the order of `submit`."""
+        return self.detector.collect(ticket)
+
 
 @dataclass(frozen=True, slots=True)
 class Flight:

@@ -242,6 +242,8 @@ def _engine(settings: Settings, bundle: Bundle) -> Iterator[Finding]:
             head=choice.head,
             crops=choice.crops,
             threads=choice.threads,
+            plan_cache=choice.plan_cache,
+            batch_sizes=(1, *settings.batch.preferred_sizes, settings.batch.max_batch_size),
         ) as detector:
             detector.warm_up((1,))
             loaded = time.monotonic()

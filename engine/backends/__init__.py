@@ -12,6 +12,9 @@ from engine.bundle import Bundle
 AUTO_ORDER = ("tensorrt", "tensorrt_rtx", "openvino", "torch")
 """What `auto` tries, in this order."""
 
+_FOR_ANY = {"plan_cache", "batch_sizes"}
+"""Options that may be given to any backend; those that compile nothing ahead do not look at them."""
+
 _CLASSES = {
     "tensorrt": ("engine.backends.tensorrt_backend", "TensorRTBackend"),
     "tensorrt_rtx": ("engine.backends.tensorrt_backend", "TensorRTRTXBackend"),
@@ -82,7 +85,7 @@ def _construct(name: str, device: str, threads: int, options: dict[str, Any], st
     except ImportError as error:
         raise BackendUnavailable(f"its package is not installed ({error})") from error
     known = getattr(cls, "OPTIONS", ())
-    unknown = sorted(set(options) - set(known))
+    unknown = sorted(set(options) - set(known) - _FOR_ANY)
     if unknown and strict:
         raise ValueError(f"backend {name} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
     backend: Backend = cls(device, threads, **{key: value for key, value in options.items() if key in known})

@@ -14,6 +14,7 @@ has a graph: the padding is what lay there before, and its results are not copie
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -65,6 +66,54 @@ class Ticket:
     count: int
 
 
+class _Resources:
+    """Streams and what was allocated, given back in reverse order: by `close`, or when the runner is garbage."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.failed = False
+        self.streams: list[Any] = []
+        self._idle: Any = None
+        self._stack = ExitStack()
+
+    def own(self, resource: Any, release: Callable[[Any], None]) -> Any:
+        self._stack.callback(self._quietly, release, resource)
+        return resource
+
+    def open_streams(self) -> None:
+        for _ in range(3):
+            self.streams.append(self.own(self.driver.stream(), self.driver.destroy_stream))
+        self._idle = self.own(self.driver.event(), self.driver.destroy_event)
+
+    def settle(self) -> None:
+        """Wait until the streams are idle."""
+        if self._idle is not None:
+            for stream in self.streams:
+                self.driver.record(self._idle, stream)
+                self.driver.finish(self._idle, BATCH_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Give everything back; on a device that failed or hangs, nothing: freeing there may wait for ever."""
+        try:
+            if not self.failed:
+                self.driver.make_current()  # any thread may drop the last reference
+                self.settle()
+        except DeviceError:
+            self.failed = True
+        if self.failed:
+            log.warning("engine.not_released", reason="the device failed")
+            return
+        self._stack.close()
+        self.streams.clear()
+
+    @staticmethod
+    def _quietly(release: Callable[[Any], None], resource: Any) -> None:
+        try:
+            release(resource)
+        except BackendError as error:
+            log.debug("engine.release_failed", reason=str(error))
+
+
 class Runner:
     """Runs an engine. All calls from one thread at a time, in whose CUDA context the driver is current.
 
@@ -83,17 +132,15 @@ class Runner:
         self._driver = driver
         self._engine = engine
         self.sizes = sizes
-        self._resources = ExitStack()
-        self._streams: list[Any] = []
-        self._idle: Any = None
+        self._resources = _Resources(driver)
         self._free: deque[_Slot] = deque()
         self._running: deque[_Slot] = deque()
-        self._failed = False
+        # An engine that is replaced is not closed: it goes when the last batch that holds it has landed.
+        self._finalizer = weakref.finalize(self, self._resources.close)
+        self._finalizer.atexit = False
         try:
-            for _ in range(3):
-                self._streams.append(self._own(driver.stream(), driver.destroy_stream))
-            self._in, self._compute, self._out = self._streams
-            self._idle = self._own(driver.event(), driver.destroy_event)
+            self._resources.open_streams()
+            self._in, self._compute, self._out = self._resources.streams
             for _ in range(DEPTH):
                 self._free.append(self._slot())
             for size in sizes:
@@ -126,11 +173,11 @@ class Runner:
             self._start(slot, size, count)
         except OutOfDeviceMemory:
             # The slot goes on: nothing of this batch may touch its buffers any more.
-            self._settle()
+            self._resources.settle()
             self._free.appendleft(slot)
             raise
         except DeviceError:
-            self._failed = True
+            self._resources.failed = True
             raise
         self._running.append(slot)
         return Ticket(slot, count)
@@ -160,7 +207,7 @@ class Runner:
         try:
             self._driver.finish(slot.copied_out, BATCH_TIMEOUT_S)
         except DeviceError:
-            self._failed = True
+            self._resources.failed = True
             raise
         raw, embedding = (slot.host[name][: ticket.count].copy() for name in (graph.RAW, graph.EMBEDDING))
         self._running.popleft()
@@ -168,18 +215,11 @@ class Runner:
         return Outputs(raw, embedding)
 
     def close(self) -> None:
-        """Give everything back; on a device that failed or hangs, nothing: freeing there may wait for ever."""
-        try:
-            if not self._failed:
-                self._settle()
-        except DeviceError:
-            self._failed = True
-        if self._failed:
+        """Give everything back."""
+        self._finalizer()
+        if self._resources.failed:
             _ABANDONED.append(self)
-            log.warning("engine.not_released", reason="the device failed")
             return
-        self._resources.close()
-        self._streams.clear()
         self._free.clear()
         self._running.clear()
 
@@ -193,16 +233,16 @@ class Runner:
         host, device = {}, {}
         for name, (_, dtype, shape) in TENSORS.items():
             array = self._driver.host_array((self.sizes[-1], *shape), _DTYPES[dtype])
-            host[name] = self._own(array, self._driver.free_host)
-            device[name] = self._own(self._driver.allocate(array.nbytes), self._driver.free)
-        return _Slot(host, device, *(self._own(self._driver.event(), self._driver.destroy_event) for _ in range(3)))
+            host[name] = self._resources.own(array, self._driver.free_host)
+            device[name] = self._resources.own(self._driver.allocate(array.nbytes), self._driver.free)
+        return _Slot(host, device, *(self._resources.own(self._driver.event(), self._driver.destroy_event) for _ in range(3)))
 
     def _program(self, slot: _Slot, size: int) -> _Program:
         """Run a size once as it is, for what happens on the first call only; then record it and run the recording."""
         handle = self._driver.handle(self._compute)
         program = _Program(self._engine.context(size, slot.device, handle))
         self._run(program)
-        self._settle()
+        self._resources.settle()
         if not program.execution.capturable(handle):
             log.warning("engine.graph_unavailable", batch_size=size, reason="TensorRT says it cannot be captured")
             return program
@@ -216,25 +256,7 @@ class Runner:
                 raise
             log.warning("engine.graph_unavailable", batch_size=size, reason=str(error))
         else:
-            program.graph = self._own(recorded, self._driver.destroy_graph)
+            program.graph = self._resources.own(recorded, self._driver.destroy_graph)
         self._run(program)
-        self._settle()
+        self._resources.settle()
         return program
-
-    def _settle(self) -> None:
-        """Wait until the streams are idle."""
-        if self._idle is not None:
-            for stream in self._streams:
-                self._driver.record(self._idle, stream)
-                self._driver.finish(self._idle, BATCH_TIMEOUT_S)
-
-    def _own(self, resource: Any, release: Callable[[Any], None]) -> Any:
-        self._resources.callback(self._quietly, release, resource)
-        return resource
-
-    @staticmethod
-    def _quietly(release: Callable[[Any], None], resource: Any) -> None:
-        try:
-            release(resource)
-        except BackendError as error:
-            log.debug("engine.release_failed", reason=str(error))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from engine.commands import CommandError
 from engine.graph_writer import PRECISIONS
-from engine.plans import replace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from engine import graph
     from engine.bundle import load, packaged
+    from engine.plans import replace
 
     bundle = load(arguments.bundle or packaged())
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.bundle import Bundle, load, packaged
-from engine.commands import plan_sections
 from engine.heads import HEADS
 
 Section = list[tuple[str, str]]
@@ -30,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Verify and print."""
     if arguments.bundle is not None and arguments.bundle.is_file():
+        from engine.commands import plan_sections
+
         plan = plan_sections.load(arguments.bundle)
         if arguments.json:
             print(json.dumps(plan.facts, indent=2))

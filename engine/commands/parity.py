@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.commands import CommandError
+from engine.commands import CommandError, model_arguments
 from engine.preprocess import CROP_PX
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:PRECISION],…",
         help="the reference, then what is compared with it; torch:fp32 and every other backend that runs here if not given",
     )
-    parser.add_argument("--limit", type=int, default=2_000, help="images at most (2000)")
+    parser.add_argument("--limit", type=model_arguments.positive, default=2_000, help="images at most (2000)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON, - for standard output")
 
 
@@ -83,7 +83,7 @@ def _crops(paths: list[Path] | None, limit: int) -> tuple[NDArray[np.uint8], int
     from engine.images import ImageError, Limits, read_crops
 
     if not paths:
-        return _patterns(64), 0
+        return _patterns(min(limit, 64)), 0
     crops: list[NDArray[np.uint8]] = []
     unread = 0
     for file in _files(paths):
@@ -118,25 +118,25 @@ def _print_table(results: list[Agreement], bundle: Bundle, unread: int, drawn: b
     from rich.table import Table
 
     facts = f"{bundle.manifest.name} {bundle.manifest.version}, {results[0].crops} {'drawn patterns' if drawn else 'images'}"
-    table = Table(title=f"{facts}, against {results[0].reference}" + (f", {unread} files unreadable" if unread else ""))
-    for column in ("backend", "device", "head", "max |Δraw|", "max |Δp|", "mean |Δp|", "allowed", "flips", "agrees"):
-        table.add_column(column, justify="left" if column in ("backend", "device", "head") else "right")
+    table = Table(box=None, pad_edge=False)
+    for column in ("backend", "head", "max Δraw", "max Δp", "mean Δp", "allowed", "flips", "agrees"):
+        table.add_column(column, justify="left" if column in ("backend", "head") else "right", no_wrap=True)
     for agreement in results:
-        for i, (name, head) in enumerate(agreement.heads.items()):
-            bad = any(problem.startswith(f"{name}:") for problem in agreement.problems)
+        for name, head in agreement.heads.items():
+            differences = (f"{value:.1e}" for value in (head.max_raw, head.max_probability, head.mean_probability))
+            agrees = not any(problem.startswith(f"{name}:") for problem in agreement.problems)
             table.add_row(
-                agreement.candidate if not i else "",
-                agreement.device if not i else "",
+                agreement.candidate,
                 name,
-                f"{head.max_raw:.2g}",
-                f"{head.max_probability:.2g}",
-                f"{head.mean_probability:.2g}",
+                *differences,
                 f"{agreement.tolerance:.0e}",
-                f"{head.flipped} at {head.threshold}",
-                "no" if bad else "yes",
-                end_section=i == len(agreement.heads) - 1,
+                f"{head.flipped} at {head.threshold}" if head.flipped else "0",
+                "yes" if agrees else "NO",
             )
-    Console(stderr=False).print(table)
+    # Into a pipe, lines stay whole whatever the width of the terminal that started it.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(f"{facts}, against {results[0].reference}" + (f"; {unread} files unreadable" if unread else ""))
+    console.print(table)
     for agreement in results:
         for problem in agreement.problems:
             print(f"engine parity: {agreement.candidate}: {problem}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -191,3 +193,14 @@ def test_what_was_made_before_an_error_is_given_back(call: str) -> None:
 def test_a_plan_that_is_not_the_one_it_should_be_is_rejected(plan: bytes, message: str) -> None:
     with pytest.raises(PlanRejected, match=message):
         PlanEngine(FakeTensorRT(FakeDriver()), plan, SIZES)
+
+
+def test_a_runner_that_nobody_holds_gives_everything_back() -> None:
+    driver = FakeDriver()
+    _, runner = make(driver)
+    runner.collect(runner.submit(plain(1)))
+    assert driver.live > 0
+    driver.calls.clear()
+    del runner
+    gc.collect()
+    assert driver.live == 0 and driver.calls["make_current"] == 1
