@@ -7,7 +7,7 @@ structure stops to make sense. What it yields are ranges of the input, never cop
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIC = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIC"
@@ -96,6 +96,32 @@ def png_chunks(data: bytes) -> Iterator[Part]:
         if name == b"IEND":
             return
         at += 12 + length
+
+
+def apng_frames(data: bytes, chunks: Iterable[Part]) -> int:
+    """Frames of an APNG; 0 where its chunks break the rules, and viewers show the default image instead (APNG 1.0)."""
+    claimed = frames = sequence = 0
+    filled = True
+    for chunk in chunks:
+        if chunk.name == b"acTL":
+            if claimed or frames or chunk.end - chunk.start < 8:
+                return 0
+            claimed = int.from_bytes(data[chunk.start : chunk.start + 4], "big")
+        elif chunk.name in (b"fcTL", b"fdAT"):
+            if int.from_bytes(data[chunk.start : chunk.start + 4], "big") != sequence:
+                return 0
+            sequence += 1
+            if chunk.name == b"fcTL":
+                if not filled or chunk.end - chunk.start < 26:
+                    return 0
+                frames, filled = frames + 1, False
+            elif not frames:
+                return 0
+            else:
+                filled = True
+        elif chunk.name == b"IDAT":
+            filled = True
+    return frames if claimed and filled else 0
 
 
 def riff_chunks(data: bytes) -> Iterator[Part]:

@@ -7,6 +7,7 @@ MPO indexes cost nothing and fail nothing; the orientation is read by `engine.ti
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,9 +36,13 @@ MAX_WALKED_FRAMES = 2_000
 MAX_WALKED_PIXELS = 1 << 28
 """The same bound for large frames, each of which must be decoded to reach the next: 2**28 pixels are some seconds of work."""
 
-_SUBFILE_TYPE = 0x00FE
+MAX_CHUNKS = 200_000
+"""Chunks of a PNG: 1.7 million empty ones fit into 20 MB and would take half a minute and half a gigabyte."""
+
+_SUBFILE_TYPE, _COMPRESSION = 0x00FE, 0x0103
 _REDUCED, _MASK = 1, 4
-_PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"})
+_PNG_ANIMATION = frozenset({b"acTL", b"fcTL", b"fdAT"})
+_PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}) | _PNG_ANIMATION
 _APP0, _APP1, _APP14, _APP15, _COM, _SOS = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA
 
 # Our own limit on pixels stands in for Pillow's, which would overrule a larger setting.
@@ -136,10 +141,14 @@ def _open_jpeg(data: bytes, limits: Limits) -> Opened:
 
 def _open_png(data: bytes, limits: Limits) -> Opened:
     """A PNG or APNG. The default image of an APNG that is no part of the animation counts as a frame."""
-    kept, orientation, copied, controls = [], 1, 0, 0
-    for chunk in containers.png_chunks(data):
-        controls += chunk.name == b"fcTL"
-        if chunk.name not in _PNG_KEPT and chunk.name[0] & 0x20:
+    chunks = list(itertools.islice(containers.png_chunks(data), MAX_CHUNKS + 1))
+    if len(chunks) > MAX_CHUNKS:
+        raise CorruptImage(f"PNG: more than {MAX_CHUNKS} chunks")
+    controls = containers.apng_frames(data, chunks)
+    dropped = frozenset() if controls else _PNG_ANIMATION
+    kept, orientation, copied = [], 1, 0
+    for chunk in chunks:
+        if chunk.name in dropped or (chunk.name not in _PNG_KEPT and chunk.name[0] & 0x20):
             kept.append(memoryview(data)[copied : chunk.begin])
             copied = chunk.end + 4
             if chunk.name == b"eXIf":
@@ -188,12 +197,14 @@ def _open_bmp(data: bytes, limits: Limits) -> Opened:
 
 def _open_tiff(data: bytes, limits: Limits) -> Opened:
     """A TIFF with its pages as frames; thumbnails and masks among them are left out. Pillow applies the orientation itself."""
-    kinds = [
-        int.from_bytes(tags.get(_SUBFILE_TYPE, b"\0"), "little")
-        for tags in tiff_tags.directories(data, frozenset({_SUBFILE_TYPE}), MAX_WALKED_FRAMES)
-    ]
-    if not kinds:
+    wanted = frozenset({_SUBFILE_TYPE, _COMPRESSION})
+    directories = list(tiff_tags.directories(data, wanted, MAX_WALKED_FRAMES))
+    if not directories:
         raise CorruptImage("TIFF: no readable directory")
+    compression = int.from_bytes(directories[0].get(_COMPRESSION, b"\1")[:2], "little")
+    if compression not in TiffImagePlugin.COMPRESSION_INFO:
+        raise UnsupportedImage(f"TIFF: compression {compression} is not supported")
+    kinds = [int.from_bytes(tags.get(_SUBFILE_TYPE, b"\0"), "little") for tags in directories]
     pages = [page for page, kind in enumerate(kinds) if not kind & (_REDUCED | _MASK)] or [0]
     return Opened(_file(TiffImagePlugin.TiffImageFile, data), TIFF, len(pages), pages)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -158,6 +159,7 @@ def _mapped(data: bytes) -> Iterator[None]:
     except MemoryError as exc:
         raise OutOfMemory("the decoder ran out of memory") from exc
     except Exception as exc:  # on broken files Pillow raises almost anything
-        text = re.sub(r"[^\x20-\x7e]+", " ", str(exc)) or type(exc).__name__
+        cut_short = isinstance(exc.__cause__ or exc, struct.error | IndexError | EOFError)
+        text = "ends too early" if cut_short else re.sub(r"[^\x20-\x7e]+", " ", str(exc)) or type(exc).__name__
         message = f"{sniff(data)}: {text}"[:MAX_MESSAGE_CHARS]
         raise (UnsupportedImage if _UNSUPPORTED.search(text) else CorruptImage)(message) from exc

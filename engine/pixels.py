@@ -75,7 +75,7 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """RGB of an 8-bit picture, transparent parts over white.
 
     Raises:
-        ValueError: a mode that has no conversion (LAB).
+        ValueError: a mode that has no conversion.
     """
     keyed = picture.mode in _KEYED_MODES and picture.info.get("transparency") is not None
     if not keyed and picture.mode not in _ALPHA_MODES:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine import images, preprocess
+from engine.containers import png_chunks
 from engine.images import CorruptImage, ImageError, Limits, TooManyPixels, UnsupportedImage
 from tests.engine import hostile_images
 from tests.engine.hostile_images import encode, frames, picture, png_chunk, png_file, tiff_file, valid
@@ -391,6 +392,30 @@ def test_an_animation_claims_more_frames_than_it_has() -> None:
     assert len(image.frames) == 4
 
 
+def without(data: bytes, name: bytes, number: int) -> bytes:
+    """A PNG without its `number`th chunk of that name."""
+    chunk = [chunk for chunk in png_chunks(data) if chunk.name == name][number]
+    return data[: chunk.begin] + data[chunk.end + 4 :]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        without(valid()["PNG animated"], b"fcTL", 0),
+        without(valid()["PNG animated"], b"fcTL", 3),
+        without(valid()["PNG animated"], b"fdAT", 2),
+        without(valid()["PNG animated"], b"acTL", 0),
+        valid()["PNG animated"].replace(b"acTL\0\0\0\6", b"acTL\0\0\0\0"),
+    ],
+    ids=["first fcTL", "fourth fcTL", "third fdAT", "acTL", "no frames"],
+)
+def test_a_broken_animation_is_its_default_image(data: bytes) -> None:
+    """As browsers show it."""
+    image = images.read(data, LIMITS)
+    assert (image.frame_count, len(image.frames)) == (1, 1)
+    assert image.frames[0][0, 0].tolist() == [0, 128, 64]
+
+
 # Hostile files
 
 
@@ -473,6 +498,11 @@ def test_a_limit_beyond_pillow_s_own_holds() -> None:
     data = hostile_images.zipped_png(14_000, 14_000)
     with pytest.raises(CorruptImage):  # cut short, so that it costs nothing
         images.read(data[: len(data) // 50], Limits(200_000_000))
+
+
+def test_chunks_of_png_are_counted() -> None:
+    with pytest.raises(CorruptImage, match="more than 200000 chunks"):
+        images.read(png_file(8, 8, png_chunk(b"IDAT", b"") * 300_000), LIMITS)
 
 
 @pytest.mark.parametrize("name", hostile_images.text_bombs())
@@ -605,6 +635,7 @@ def test_what_decoders_do_not_know_is_unsupported_not_corrupt() -> None:
     twelve[twelve.index(b"\xff\xc0") + 4] = 12
     bmp = bytearray(valid()["BMP rgb"])
     struct.pack_into("<I", bmp, 30, 4)
-    for data in (lab, bytes(twelve), bytes(bmp)):
+    jpeg_2000 = tiff_file({256: (3, 1, 4), 257: (3, 1, 4), 259: (3, 1, 34712)})
+    for data in (lab, bytes(twelve), bytes(bmp), jpeg_2000):
         with pytest.raises(UnsupportedImage):
             images.read(data, LIMITS)
