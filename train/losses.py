@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as functional
 from torch import Tensor
 
-Variant = Literal["paper", "as_released"]
-VARIANTS: tuple[Variant, ...] = ("paper", "as_released")
-TEMPERATURE = 0.1
+from train.recipe import TEMPERATURE, Variant
 
 
 @dataclass(frozen=True, slots=True)

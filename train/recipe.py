@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.augment import PRESETS
-from train.losses import TEMPERATURE, VARIANTS, Variant
 
+Variant = Literal["paper", "as_released"]
+VARIANTS: tuple[Variant, ...] = ("paper", "as_released")
+TEMPERATURE = 0.1
 GEOMETRIES = ("paper", "native")
 
 

@@ -75,13 +75,13 @@ def test_blocks_beyond_the_first_phases_depth_start_as_identities(store: Path, t
 def test_it_learns_what_tells_the_classes_apart(store: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     tiny = recipe(
-        steps=50, records=6, tokens=8, strength_from=0.0, strength_to=0.0, aligned=0.0, learning_rate=3e-3, whitened_filters=12
+        steps=40, records=6, tokens=8, strength_from=0.0, strength_to=0.0, aligned=0.0, learning_rate=3e-3, whitened_filters=12
     )
     run = _run(store, tmp_path, tiny)
     train(run, workers=0, line_every_s=0.0, on_progress=seen.append)
     assert sum(p.accuracy for p in seen[-10:]) / 10 > 0.8
     assert seen[-1].contrastive < seen[0].contrastive - 0.5
-    assert run.views == 50 * 6 * 2 * 4
+    assert run.views == 40 * 6 * 2 * 4
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
