@@ -250,12 +250,12 @@ class Batcher(Generic[T]):
             room.notify_all()
 
     def _make_room(self) -> None:
-        for line, room in zip(self._lines, self._room, strict=True):
+        for level, line in enumerate(self._lines):
             if line:
-                room.notify_all()
+                self._room[level].notify_all()
 
     def _ready(self, flights: Flights[_Job[T], Any], on_error: Callable[[T, Exception], None]) -> bool:
-        """Sleep until a batch may leave; with one under way, do not sleep. False: closed, nothing is to begin any more."""
+        """Sleep until a batch may leave, also behind one under way. False: closed, nothing is to begin any more."""
         while True:
             with self._lock:
                 now = self._clock()
@@ -263,10 +263,10 @@ class Batcher(Generic[T]):
                 if not expired:
                     if self._closed and not (self._drain and self._queue.crops):
                         return False
-                    wake_at = self._queue.wake_at(self._cap)
-                    if flights or self._closed or wake_at <= now:
+                    wake_at = flights.next_at() if flights else self._queue.wake_at(self._cap)
+                    if self._closed or wake_at <= now:
                         return True
-                    self._sleeps_until = wake_at
+                    self._sleeps_until = None if flights else wake_at
                     self._work.wait(None if math.isinf(wake_at) else wake_at - now)
                     self._sleeps_until = None
                     continue
@@ -298,32 +298,31 @@ class Batcher(Generic[T]):
         if self._observer is not None:
             self._observer(self._report(landed))
         stop = 0
+        errors, scores = landed.outcome.errors, landed.outcome.scores
         for index, part in enumerate(landed.departure.slices):
             start, stop = stop, stop + part.stop - part.start
             entry, job = part.entry, part.entry.item
             if entry.gone:
                 continue
             job.infer_s += landed.infer_s
-            error = landed.outcome.errors.get(index)
-            if error is not None:
+            if index in errors:
                 self._settle(entry)
-                on_error(job.context, error)
-            elif self._gather(job, entry.crops, landed.outcome.scores[start:stop]):
+                on_error(job.context, errors[index])
+            elif (gathered := self._gather(job, entry.crops, scores[start:stop])) is not None:
                 self._settle(entry)
-                queue_s = max(0.0, self._clock() - entry.arrived - job.infer_s)
-                on_done(job.context, job.scores, BatchTiming(queue_s, job.infer_s, landed.engine))  # type: ignore[arg-type]
+                queue_s = max(0.0, landed.ended - entry.arrived - job.infer_s)
+                on_done(job.context, gathered, BatchTiming(queue_s, job.infer_s, landed.engine))
 
     @staticmethod
-    def _gather(job: _Job[T], crops: int, scores: NDArray[np.float32]) -> bool:
-        """Put the next scores of an item to those it has. True: that was the last of them."""
+    def _gather(job: _Job[T], crops: int, scores: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Put the next scores of an item to those it has; all of them when these were the last."""
         if len(scores) == crops:
-            job.scores = scores
-            return True
+            return scores
         if job.scores is None:
             job.scores = np.empty((crops, scores.shape[1]), np.float32)
         job.scores[job.done : job.done + len(scores)] = scores
         job.done += len(scores)
-        return job.done == crops
+        return job.scores if job.done == crops else None
 
     def _report(self, landed: Landed[_Job[T], E]) -> BatchReport:
         waits_s = tuple(landed.started - part.entry.arrived for part in landed.departure.slices if part.start == 0)
@@ -332,10 +331,12 @@ class Batcher(Generic[T]):
     def _settle(self, entry: Entry[_Job[T]]) -> None:
         """An item is done with: nothing of it waits, and its pixels are let go."""
         with self._lock:
-            self._queue.drop(entry)
             self._open.pop(entry.item, None)
             entry.item.crops = _NO_PIXELS
-            self._make_room()
+            if entry.taken < entry.crops:
+                self._queue.drop(entry)
+                self._make_room()
+            entry.gone = True
 
     def _swap(
         self,

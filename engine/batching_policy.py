@@ -160,10 +160,11 @@ class BatchQueue(Generic[T]):
         return begun
 
     def drop(self, entry: Entry[T]) -> None:
-        """Forget the crops of an item that still wait (it failed, or its time is over)."""
+        """Forget the crops of an item that still wait (it failed, or its time is over); a second time is nothing."""
+        waits = not entry.gone and entry.taken < entry.crops
         entry.gone = True
-        level = self.level(entry.priority)
-        if entry.taken < entry.crops and entry in self._levels[level]:
+        if waits:
+            level = self.level(entry.priority)
             self._levels[level].remove(entry)
             self._waiting[level] -= entry.crops - entry.taken
 
@@ -225,12 +226,17 @@ class BatchQueue(Generic[T]):
     def _fill(self, limit: int) -> Iterator[Slice[T]]:
         """Slices of the next batch: the reserved share first chosen, then the levels in order; one slice an item."""
         taken: dict[Entry[T], int] = {}
-        room = limit - self._reserve(limit, taken)
+        reserved = self._reserve(limit, taken)
+        room = limit - reserved
         for level in range(len(self._levels)):
             while room and self._levels[level]:
                 room -= self._advance(level, room, taken)
-        for entry in sorted(taken, key=lambda entry: (self.level(entry.priority), entry.sequence)):
+        order = sorted(taken, key=self._place) if reserved else taken
+        for entry in order:
             yield Slice(entry, entry.taken - taken[entry], entry.taken)
+
+    def _place(self, entry: Entry[T]) -> tuple[int, int]:
+        return self.level(entry.priority), entry.sequence
 
     def _reserve(self, limit: int, taken: dict[Entry[T], int]) -> int:
         """Take the share of the less urgent levels, the oldest item first; returns how many crops."""
@@ -239,7 +245,7 @@ class BatchQueue(Generic[T]):
         if self.crops <= limit or not any(self._waiting[level] for level in lower):
             self._credit = 0.0
             return 0
-        self._credit = min(self._credit + limit * self._config.bulk_share, float(limit))
+        self._credit += limit * self._config.bulk_share
         used = 0
         while used < int(self._credit) and (heads := [level for level in lower if self._levels[level]]):
             oldest = min(heads, key=lambda level: self._levels[level][0].sequence)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from engine.backends.base import BackendError, OutOfDeviceMemory
-from engine.batching_policy import Departure, Slice
+from engine.batching_policy import Departure
 from engine.isolation import Outcome, finite, isolate
 
 log = structlog.get_logger()
 
+AHEAD = 0.5
+"""How early the next batch goes behind one under way, as a share of what that one takes: a batch that is put together later
+can still take urgent crops that have come meanwhile."""
 CAP_DOUBLES_AFTER = 256
 """Whole batches at a lowered cap that must succeed before a larger one is tried again."""
 
@@ -29,9 +33,8 @@ class Engine(Protocol):
         ...
 
 
-@runtime_checkable
 class Overlapping(Protocol):
-    """An engine that takes the next batch while it computes one: copies overlap with computing."""
+    """An engine that takes the next batch while it computes one: copies overlap with computing. Known by its `depth`."""
 
     depth: int
     """Batches that may be under way."""
@@ -51,14 +54,6 @@ class Overlapping(Protocol):
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Engine)
-
-
-@dataclass(frozen=True, slots=True)
-class Part(Generic[T]):
-    """Crops of one item in a batch: where they are from, and their pixels."""
-
-    slice: Slice[T]
-    crops: NDArray[np.uint8]
 
 
 @dataclass(slots=True)
@@ -84,7 +79,9 @@ class Landed(Generic[T, E]):
     engine: E
     outcome: Outcome
     started: float
-    """Seconds of the injected clock when its call began."""
+    """Seconds of the injected clock when its call began…"""
+    ended: float
+    """…and when it was settled."""
     infer_s: float
     """Seconds it kept the device, further calls for failures included."""
 
@@ -98,7 +95,9 @@ class Flights(Generic[T, E]):
         self._clock = clock
         self._free: list[NDArray[np.uint8]] = []
         self._flights: deque[_Flight[T, E]] = deque()
-        self._landed_at = -float("inf")
+        self._landed_at = -math.inf
+        self._takes_s: dict[int, float] = {}
+        self._assembly_s = 0.0
         self._whole_at_cap = 0
         self.cap: int | None = None
         """The largest batch that the device has memory for; None: `max_batch_size`."""
@@ -106,8 +105,17 @@ class Flights(Generic[T, E]):
     def __len__(self) -> int:
         return len(self._flights)
 
+    def next_at(self) -> float:
+        """When to put the next batch behind those under way, so that the device does not stand still; -inf: now."""
+        expected = [self._takes_s.get(len(flight.crops), 0.0) for flight in self._flights]
+        if not all(expected):
+            return -math.inf
+        begun = max(self._flights[0].started, self._landed_at)
+        return begun + sum(expected) - AHEAD * expected[-1] - self._assembly_s
+
     def launch(self, departure: Departure[T], parts: list[NDArray[np.uint8]], engine: E) -> bool:
         """Copy the crops of each slice into a batch and begin its call. True: the device takes another one behind it."""
+        begun = self._clock()
         buffer = self._free.pop() if self._free else np.empty(self._shape, np.uint8)
         bounds = [0]
         for crops in parts:
@@ -115,14 +123,16 @@ class Flights(Generic[T, E]):
             buffer[bounds[-2] : bounds[-1]] = crops
         flight = _Flight(departure, engine, buffer, bounds, self._clock())
         self._flights.append(flight)
+        self._assembly_s = max(0.9 * self._assembly_s, flight.started - begun)
+        depth: int = getattr(engine, "depth", 1)
         try:
-            if isinstance(engine, Overlapping):
-                flight.ticket = engine.submit(flight.crops)
+            if depth > 1:
+                flight.ticket = cast(Overlapping, engine).submit(flight.crops)
             else:
                 flight.result = engine.infer(flight.crops)
         except Exception as error:  # noqa: BLE001  settled in `land`, which tells the device's failures from the images'
             flight.result = error
-        return isinstance(engine, Overlapping) and len(self._flights) < engine.depth
+        return len(self._flights) < depth
 
     def land(self) -> Landed[T, E]:
         """Wait for the oldest batch and settle it.
@@ -143,18 +153,23 @@ class Flights(Generic[T, E]):
         now = self._clock()
         begun = max(flight.started, self._landed_at)
         self._landed_at = now
-        return Landed(flight.departure, flight.engine, outcome, flight.started, now - begun)
+        self._learn(len(flight.crops), now - begun)
+        return Landed(flight.departure, flight.engine, outcome, flight.started, now, now - begun)
 
     @staticmethod
     def _collect(flight: _Flight[T, E]) -> NDArray[np.float32] | Exception:
         if flight.result is None:
             try:
-                flight.result = flight.engine.collect(flight.ticket)  # type: ignore[attr-defined]
+                flight.result = cast(Overlapping, flight.engine).collect(flight.ticket)
             except Exception as error:  # noqa: BLE001  as in `launch`
                 flight.result = error
         if isinstance(flight.result, BackendError) and not isinstance(flight.result, OutOfDeviceMemory):
             raise flight.result
         return flight.result
+
+    def _learn(self, size: int, took_s: float) -> None:
+        """The shortest recent time a batch of this size took; it forgets slowly."""
+        self._takes_s[size] = min(took_s, 1.05 * self._takes_s.get(size, took_s))
 
     def _note_cap(self, cap: int | None, size: int) -> None:
         """Lower the cap where memory ran out; try twice as much again after it has held for long."""

@@ -542,3 +542,33 @@ def test_batches_are_put_together_in_as_many_buffers_as_may_be_under_way() -> No
             batcher.submit(crops(value), 0, value)
         told.wait_for(200)
     assert len(seen) <= 2
+
+
+def test_the_batch_behind_one_under_way_is_put_together_late() -> None:
+    """So that an urgent image waits for one batch and a bit, not for two."""
+
+    class Timed(OverlappedEcho):
+        def __init__(self) -> None:
+            super().__init__()
+            self.free_at = 0.0
+            self.ahead: list[float] = []
+
+        def submit(self, batch: NDArray[np.uint8]) -> object:
+            now = time.monotonic()
+            self.ahead.append(self.free_at - now)
+            self.free_at = max(self.free_at, now) + 0.04
+            super().submit(batch)
+            return batch, self.free_at
+
+        def collect(self, ticket: Any) -> NDArray[np.float32]:
+            time.sleep(max(0.0, ticket[1] - time.monotonic()))
+            return super().collect(ticket[0])
+
+    batcher, engine = make(max_batch_size=4, max_queue_delay_microseconds=0), Timed()
+    for value in range(4 * 24):
+        batcher.submit(crops(value), 0, value)
+    with running(batcher, always(engine)) as told:
+        told.wait_for(4 * 24)
+    steady = sorted(engine.ahead[8:-1])
+    assert engine.most_under_way == 2
+    assert steady[len(steady) // 2] < 0.03, "made ready long before the device was"
