@@ -36,11 +36,15 @@ MAX_WALKED_FRAMES = 2_000
 MAX_WALKED_PIXELS = 1 << 28
 """The same bound for large frames, each of which must be decoded to reach the next: 2**28 pixels are some seconds of work."""
 
+MAX_RLE_PIXELS = 1 << 23
+"""Pixels of a run-length encoded BMP: Pillow unpacks it in Python, a second for 8 megapixels, out of a file of some bytes."""
 MAX_CHUNKS = 200_000
 """Chunks of a PNG: 1.7 million empty ones fit into 20 MB and would take half a minute and half a gigabyte."""
 
 _SUBFILE_TYPE, _COMPRESSION = 0x00FE, 0x0103
+_TILE = (0x0142, 0x0143)
 _REDUCED, _MASK = 1, 4
+_RLE = (1, 2)
 _PNG_ANIMATION = frozenset({b"acTL", b"fcTL", b"fdAT"})
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}) | _PNG_ANIMATION
 _APP0, _APP1, _APP14, _APP15, _COM, _SOS = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA
@@ -192,15 +196,21 @@ def _open_gif(data: bytes, limits: Limits) -> Opened:
 
 
 def _open_bmp(data: bytes, limits: Limits) -> Opened:
-    return Opened(_file(BmpImagePlugin.BmpImageFile, data), BMP, 1, (0,))
+    file = _file(BmpImagePlugin.BmpImageFile, data)
+    if file.info["compression"] in _RLE:
+        Limits(min(limits.max_pixels, MAX_RLE_PIXELS)).check(*file.size)
+    return Opened(file, BMP, 1, (0,))
 
 
 def _open_tiff(data: bytes, limits: Limits) -> Opened:
     """A TIFF with its pages as frames; thumbnails and masks among them are left out. Pillow applies the orientation itself."""
-    wanted = frozenset({_SUBFILE_TYPE, _COMPRESSION})
+    wanted = frozenset({_SUBFILE_TYPE, _COMPRESSION, *_TILE})
     directories = list(tiff_tags.directories(data, wanted, MAX_WALKED_FRAMES))
     if not directories:
         raise CorruptImage("TIFF: no readable directory")
+    for tags in directories:
+        if all(tag in tags for tag in _TILE):  # libtiff allocates a whole tile, however small the page
+            limits.check(*(int.from_bytes(tags[tag], "little") for tag in _TILE))
     compression = int.from_bytes(directories[0].get(_COMPRESSION, b"\1")[:2], "little")
     if compression not in TiffImagePlugin.COMPRESSION_INFO:
         raise UnsupportedImage(f"TIFF: compression {compression} is not supported")

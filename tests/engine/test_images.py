@@ -486,6 +486,22 @@ def test_a_later_page_is_measured_too() -> None:
         images.read(data, Limits(10**6))
 
 
+def test_a_tile_larger_than_its_page_is_measured() -> None:
+    tags = {256: (4, 1, 64), 257: (4, 1, 64), 258: (3, 1, 8), 259: (3, 1, 5), 262: (3, 1, 1), 277: (3, 1, 1)}
+    with pytest.raises(TooManyPixels):
+        images.read(tiff_file(tags | {322: (4, 1, 32768), 323: (4, 1, 32768), 324: (4, 1, 8), 325: (4, 1, 8)}), LIMITS)
+
+
+def test_run_length_bitmaps_are_bounded_in_time() -> None:
+    header = struct.pack("<2sIHHI", b"BM", 1100, 0, 0, 1078) + struct.pack("<IiiHHIIiiII", 40, 8000, 1000, 1, 8, 1, 8, 0, 0, 0, 0)
+    started = time.process_time()
+    with pytest.raises((CorruptImage, TooManyPixels)):
+        images.read(header + bytes(range(256)) * 4 + b"\1\1" + b"\0\0" * 1001 + b"\0\1", Limits(64_000_000))
+    with pytest.raises(TooManyPixels):
+        images.read(hostile_images.sized("BMP", 9000, 9000)[:30] + b"\1" + hostile_images.sized("BMP", 9, 9)[31:], Limits(10**8))
+    assert time.process_time() - started < 5
+
+
 def test_the_limit_itself_is_allowed() -> None:
     data = encode(PIL.Image.new("RGB", (100, 100)), "PNG")
     assert images.read(data, Limits(10_000)).width == 100
