@@ -220,8 +220,9 @@ def test_options_reach_the_backends_that_know_them(fakes: dict[str, type[Checked
     fakes["torch"] = Recorder
     assert create("torch", precision="bf16").precision == "bf16"  # type: ignore[attr-defined]
     assert create("auto", precision="bf16", plan_cache="x").precision == "bf16"  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="backend torch has no option plan_cache; it has precision"):
-        create("torch", plan_cache="x")
+    assert create("torch", plan_cache="x").name == "torch", "the worker names a plan cache whatever the backend"
+    with pytest.raises(ValueError, match="backend torch has no option colour; it has precision"):
+        create("torch", colour="red")
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
