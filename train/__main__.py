@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--workers", type=_at_least(0), default=1, help="loader processes (0: none)")
     one.add_argument("--threads", type=_at_least(1), default=1, help="torch's CPU threads; one is the best on shared cores")
     one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    one.add_argument("--stop-after", type=_at_least(1), help="end at this step, to repeat a run that was stopped there")
     one.add_argument("--export", action="store_true", help="do not train: export the encoder of the checkpoint as it stands")
     one.set_defaults(run=_pretrain)
 
@@ -178,7 +179,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         if run.resume():
             _say(f"resumed at step {run.step} of {recipe.steps}")
         if not args.export:
-            train(run, workers=args.workers, on_progress=_line if rank == 0 else None)
+            train(run, workers=args.workers, on_progress=_line if rank == 0 else None, stop_after=args.stop_after)
         if rank == 0:
             sha256 = stages.save_encoder(run.encoder_weights(), args.out)
             stages.write_facts(
@@ -187,7 +188,7 @@ def _pretrain(args: argparse.Namespace) -> int:
                 summary=stages.summary(recipe, run.step, run.views, run.train_seconds),
                 recipe_sha256=recipe.digest,
                 encoder_sha256=sha256,
-                pretrain_command=_command("pretrain", args, ("recipe", "autoencoder")),
+                pretrain_command=_pretrain_command(args, run.step if run.step < recipe.steps else None),
             )
             _say(f"{args.out / stages.ENCODER_FILE}: the averaged encoder after {run.step} steps")
     return DONE
@@ -293,14 +294,12 @@ def _pack(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _command(name: str, args: argparse.Namespace, paths: Sequence[str]) -> str:
+def _pretrain_command(args: argparse.Namespace, stopped_at: int | None) -> str:
     """The command as it can be given again; folders of this machine become variables."""
-    text = f"python -m train {name} --data $CORPUS --out $RUN"
-    if "recipe" in paths:
-        text += f" --recipe train/recipes/{args.recipe.name}"
-    if "autoencoder" in paths and args.autoencoder is not None:
+    text = f"python -m train pretrain --data $CORPUS --out $RUN --recipe train/recipes/{args.recipe.name}"
+    if args.autoencoder is not None:
         text += " --autoencoder $AUTOENCODER"
-    return text
+    return text if stopped_at is None else f"{text} --stop-after {stopped_at}"
 
 
 if __name__ == "__main__":

@@ -138,7 +138,16 @@ def _training(facts: dict[str, Any]) -> list[str]:
 
 def training_page(name: str, version: str, facts: dict[str, Any], commands: list[str]) -> str:
     """TRAINING.md: how a version was made and how to make it again."""
-    lines = [f"# How {name} {version} was trained", "", "```sh", *commands, "```", ""]
+    lines = [
+        f"# How {name} {version} was trained",
+        "",
+        "`$CORPUS` holds `manifest.tsv` and the images, `$AUTOENCODER` the tiny autoencoder; `$RUN` is an empty folder.",
+        "",
+        "```sh",
+        *commands,
+        "```",
+        "",
+    ]
     lines += [f"- {key}: {value}" for key, value in facts["summary"].items()]
     lines += [
         f"- training data: {facts['data']['real']} real, {facts['data']['fake']} generated files, "

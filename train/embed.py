@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.bundle import encoder_shapes
-from engine.images import ImageError, Limits, read
+from engine.images import ImageError, read
 from engine.preprocess import Preprocess, center_crop
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry
-from train.store import PixelStore
+from train.store import LIMITS, PixelStore
 from train.views import base_image
 
 Rgb = NDArray[np.uint8]
-LIMITS = Limits(max_pixels=64_000_000, max_frames=1)
 BATCH = 32
 
 

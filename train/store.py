@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin
 
+from engine.images import ImageError, Limits, read
 from train.augment import jpeg_tables
 from train.data import Damage, DataError, Entry, digest
 
 Rgb = NDArray[np.uint8]
 FORMAT = "code-store/1"
 SIDE_PX = 320
+LIMITS = Limits(max_pixels=64_000_000, max_frames=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,8 @@ def build(
         for done, entry in enumerate(entries):
             try:
                 _add(writer, entry, reconstruct)
-            except (UnidentifiedImageError, OSError, SyntaxError) as exc:
-                damage.add(str(entry.path), str(exc).splitlines()[0])
+            except (ImageError, OSError) as exc:
+                damage.add(str(entry.path), str(exc) or type(exc).__name__)
             for chunk in writer.drained():
                 pixels.write(chunk)
             if on_image is not None:
@@ -134,10 +136,10 @@ class _Writer:
 
 def _add(writer: _Writer, entry: Entry, reconstruct: Callable[[Rgb], Rgb] | None) -> None:
     data = entry.path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        tables = _tables(image)
-        lossless = image.format == "PNG" or (image.format == "WEBP" and b"VP8L" in data[:64])
-        rgb = np.asarray(image.convert("RGB"))
+    decoded = read(data, LIMITS)
+    rgb = decoded.frames[0]
+    lossless = decoded.format == "PNG" or (decoded.format == "WEBP" and b"VP8L" in data[:64])
+    tables = _tables(data) if decoded.format == "JPEG" else None
     if entry.layout == "grid2x2":
         h, w = rgb.shape[0] // 2, rgb.shape[1] // 2
         for part in (rgb[:h, :w], rgb[:h, w:], rgb[h:, :w], rgb[h:, w:]):
@@ -158,12 +160,13 @@ def _add(writer: _Writer, entry: Entry, reconstruct: Callable[[Rgb], Rgb] | None
     writer.add(np.asarray(fake), entry, label=1, generator="aligned", lossless=tables is None, pair=real, tables=number)
 
 
-def _tables(image: Image.Image) -> Tables | None:
-    if not isinstance(image, JpegImagePlugin.JpegImageFile):
-        return None
-    quantization: dict[int, list[int]] = image.quantization
-    values = [list(quantization[i]) for i in sorted(quantization)]
-    subsampling = JpegImagePlugin.get_sampling(image)
+def _tables(data: bytes) -> Tables | None:
+    with Image.open(io.BytesIO(data)) as image:
+        if not isinstance(image, JpegImagePlugin.JpegImageFile):
+            return None
+        quantization: dict[int, list[int]] = image.quantization
+        values = [list(quantization[i]) for i in sorted(quantization)]
+        subsampling = JpegImagePlugin.get_sampling(image)
     # Grey or unusual samplings are written as 4:2:0, the commonest.
     return Tables((values * 2)[:2], subsampling if subsampling in (0, 1, 2) else 2)
 
