@@ -16,18 +16,11 @@ calling thread, with the limits on pixels and frames only.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -36,43 +29,20 @@ from numpy.typing import NDArray
 
 from engine import images
 from engine.containers import FORMATS
-from engine.preprocess import CROP_PX, Layout
+from engine.preprocess import Layout
 from worker.clock import Deadline
 from worker.errors import Code, DependencyError, ItemError, StaleItemError
 from worker.items import Decoded, Fetched, ImageInfo
 from worker.settings import DecodeSettings
 from worker.stages import decode_process, provenance
-from worker.stages.decode_process import DECODED, MAX_JSON_BYTES, READY, REFUSED, REPLY, REQUEST
+from worker.stages.decode_child import MAX_CROPS_PER_FRAME, Child, DecoderDied
 
 DECODE_FUNCTION = "worker.stages.decode_process:decode_image"
 ATTEMPTS = 2
 START_ATTEMPTS = 3
-START_TIMEOUT_S = 60.0
-MAX_CROPS_PER_FRAME = 5
-
-_CROP_BYTES = CROP_PX * CROP_PX * 3
-_LAUNCHER = (
-    "import json, sys; start = json.loads(sys.argv[1]); sys.path[:] = start['path']; "
-    "from worker.stages.decode_process import main; main(start)"
-)
-_ENVIRONMENT = {
-    "PATH": os.defpath,
-    "LC_ALL": "C.UTF-8",
-    "OPENBLAS_NUM_THREADS": "1",  # numpy starts no threads that nobody needs
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 24),  # pictures up to 4 megapixels reuse pages that are there already
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 26),
-}
-_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _MAX_SIZE = 1 << 31
-_END_S = 0.5
 
 log = structlog.get_logger()
-
-
-class _DecoderDied(Exception):  # noqa: N818 - a state of the child, caught in this file
-    """The child is gone, or what it sent is no reply."""
 
 
 class Decoder:
@@ -97,7 +67,7 @@ class Decoder:
         self._limits = images.Limits(settings.max_pixels, settings.max_frames)
         self._on_restart = on_restart
         self._function = function
-        self._children: list[_Child | None] = [None] * settings.processes
+        self._children: list[Child | None] = [None] * settings.processes
         self._restarts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._closed = False
@@ -146,7 +116,7 @@ class Decoder:
             except TimeoutError:
                 self._replace(index, fetched, "timeout", attempt)
                 raise ItemError(Code.DECODE_TIMEOUT, f"not decoded within {self._settings.timeout_s:g} s") from None
-            except _DecoderDied as died:
+            except DecoderDied as died:
                 problem = f"{died}; {child.end()}" if str(died) else child.end()
                 self._replace(index, fetched, "crashed", attempt, problem)
         raise ItemError(Code.DECODE_CRASHED, f"the decoder process died {ATTEMPTS} times on this image: {problem}")
@@ -166,7 +136,7 @@ class Decoder:
             raise ItemError(Code(decode_process.ERROR_CODES[type(error)]), str(error)) from error
         return _decoded(fetched, decode_process.describe(crops, found), crops.crops)
 
-    def _ready(self, index: int) -> _Child:
+    def _ready(self, index: int) -> Child:
         """The child of `index`, started anew where it died idle or did not come up."""
         problem = ""
         for attempt in range(START_ATTEMPTS):
@@ -180,7 +150,7 @@ class Decoder:
             try:
                 child.wait_ready()
                 return child
-            except (TimeoutError, _DecoderDied) as error:
+            except (TimeoutError, DecoderDied) as error:
                 problem = f"{child.end()}: {child.last_words() or error}"
                 child.kill()
         self._check_open()
@@ -194,7 +164,7 @@ class Decoder:
         with self._lock:  # or a child started during `close` would be left behind
             self._check_open()
             try:
-                self._children[index] = _Child(self._settings, self._crops, self._function)
+                self._children[index] = Child(self._settings, self._crops, self._function)
             except OSError as error:
                 self._children[index] = None
                 return error.strerror or type(error).__name__
@@ -224,201 +194,18 @@ class Decoder:
         self._spawn(index)
 
 
-class _Child:
-    """One decoder process and the socket to it.
-
-    Raises:
-        OSError: no process could be started.
-    """
-
-    def __init__(self, settings: DecodeSettings, crops: Layout, function: str) -> None:
-        self._connection, theirs = socket.socketpair()
-        self._lock = threading.Lock()
-        self._exchanging = threading.Lock()
-        self._output = _scratch()
-        with theirs:
-            start = {
-                "path": [str(Path(entry).resolve()) for entry in sys.path],
-                "socket": theirs.fileno(),
-                "parent": os.getpid(),
-                "function": function,
-                "max_pixels": settings.max_pixels,
-                "max_frames": settings.max_frames,
-                "layout": crops,
-                "max_memory_bytes": settings.max_memory_bytes,
-                "timeout_s": settings.timeout_s,
-            }
-            kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-c", _LAUNCHER, json.dumps(start)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=self._output,
-                    pass_fds=[theirs.fileno()],
-                    env=_ENVIRONMENT | kept,
-                )
-            except OSError:
-                self._connection.close()
-                os.close(self._output)
-                raise
-        self._is_ready = False
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process still runs."""
-        return self._process.poll() is None
-
-    def wait_ready(self) -> None:
-        """Wait until it has loaded.
-
-        Raises:
-            _DecoderDied: it ended instead.
-            TimeoutError: not within START_TIMEOUT_S.
-        """
-        if self._is_ready:
-            return
-        status, _, _ = self._receive(Deadline(START_TIMEOUT_S))
-        if status != READY:
-            raise _DecoderDied("it did not report ready")
-        self._is_ready = True
-
-    def exchange(self, data: bytes, settings: DecodeSettings) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-        """Send an image, wait for its description and crops.
-
-        Raises:
-            ItemError: the child refused the image.
-            TimeoutError: no complete reply in time.
-            _DecoderDied: the child ended, ran out of memory or does not speak the protocol.
-        """
-        with self._exchanging:
-            return self._exchange(data, settings.max_frames * MAX_CROPS_PER_FRAME, Deadline(settings.timeout_s))
-
-    def _exchange(self, data: bytes, most_crops: int, deadline: Deadline) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-        try:
-            self._connection.settimeout(deadline.remaining())
-            head = REQUEST.pack(len(data))
-            sent = self._connection.sendmsg([head, data])
-            if sent < len(head) + len(data):
-                self._connection.sendall(memoryview(data)[max(0, sent - len(head)) :])
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise _DecoderDied from error
-        status, content, crops = self._receive(deadline, most_crops)
-        if status == REFUSED:
-            raise _refusal(content)
-        if status != DECODED:
-            raise _DecoderDied("it sent no verdict")
-        return content, crops
-
-    def _receive(self, deadline: Deadline, most_crops: int = 0) -> tuple[int, dict[str, Any], NDArray[np.uint8]]:
-        """One reply. The child may be in a stranger's hands: nothing it says about sizes is taken on trust."""
-        head = bytearray(REPLY.size)
-        self._fill(memoryview(head), deadline)
-        status, text_bytes, pixel_bytes = REPLY.unpack(head)
-        count, rest = divmod(pixel_bytes, _CROP_BYTES)
-        if text_bytes > MAX_JSON_BYTES or rest or count > most_crops:
-            raise _DecoderDied("its reply has an impossible size")
-        text = bytearray(text_bytes)
-        self._fill(memoryview(text), deadline)
-        crops = np.empty((count, CROP_PX, CROP_PX, 3), np.uint8)
-        if count:
-            self._fill(crops.data.cast("B"), deadline)
-        try:
-            content = json.loads(text) if text else {}
-        except (ValueError, RecursionError) as error:
-            raise _DecoderDied("its reply is not JSON") from error
-        if not isinstance(content, dict):
-            raise _DecoderDied("its reply is not an object")
-        return status, content, crops
-
-    def _fill(self, buffer: memoryview, deadline: Deadline) -> None:
-        while buffer:
-            self._connection.settimeout(max(deadline.remaining(), 1e-6))  # zero would mean not to wait at all
-            try:
-                received = self._connection.recv_into(buffer)
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise _DecoderDied from error
-            if not received:
-                raise _DecoderDied
-            buffer = buffer[received:]
-
-    def finish(self, deadline: Deadline) -> None:
-        """End it after the image in the works, or at the deadline."""
-        waited = self._exchanging.acquire(timeout=deadline.remaining())
-        self.kill()
-        if waited:
-            self._exchanging.release()
-
-    def kill(self) -> None:
-        """End it now, reap it, and wake whoever waits for its reply. Safe to call twice."""
-        with self._lock:
-            self._process.kill()
-            self._process.wait()
-            with contextlib.suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RDWR)
-            self._connection.close()
-            if self._output >= 0:
-                os.close(self._output)
-                self._output = -1
-
-    def end(self) -> str:
-        """How it ended, for people."""
-        try:
-            code = self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            return "killed because its reply made no sense"
-        if code >= 0:
-            return f"exit status {code}"
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-        return f"killed by signal {-code}"
-
-    def last_words(self) -> str:
-        """The last line of its standard error, bounded and printable."""
-        if self._output < 0:
-            return ""
-        size = os.fstat(self._output).st_size
-        lines = os.pread(self._output, 4096, max(0, size - 4096)).decode("ascii", "replace").strip().splitlines()
-        return "".join(char for char in lines[-1] if char.isprintable())[:200] if lines else ""
-
-
-def _scratch() -> int:
-    """A file in memory for what codecs print; the child's limit on file sizes bounds it."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("decoder-stderr")
-    return os.open(os.devnull, os.O_RDWR)
-
-
-def _refusal(content: dict[str, Any]) -> ItemError | _DecoderDied:
-    code, message = content.get("code"), str(content.get("message"))[: images.MAX_MESSAGE_CHARS]
-    if code == Code.DECODE_CRASHED:
-        return _DecoderDied(message)
-    if code not in (Code.DECODE_UNSUPPORTED, Code.DECODE_CORRUPT, Code.DECODE_TOO_MANY_PIXELS):
-        return _DecoderDied("it refused for a reason that is none")
-    return ItemError(Code(code), message)
-
-
 def _decoded(fetched: Fetched, content: dict[str, Any], crops: NDArray[np.uint8]) -> Decoded:
     """A Decoded of a checked reply.
 
     Raises:
-        _DecoderDied: a value is missing or out of range.
+        DecoderDied: a value is missing or out of range.
     """
     sizes = [content.get(name) for name in ("width", "height", "frames", "crops_per_frame")]
     if content.get("format") not in FORMATS or not all(isinstance(size, int) and 0 < size < _MAX_SIZE for size in sizes):
-        raise _DecoderDied("its reply is incomplete")
+        raise DecoderDied("its reply is incomplete")
     width, height, frames, each = cast(list[int], sizes)
     if each not in (1, MAX_CROPS_PER_FRAME) or not len(crops) or len(crops) % each:
-        raise _DecoderDied("its reply has an impossible number of crops")
+        raise DecoderDied("its reply has an impossible number of crops")
     info = ImageInfo(
         sha256=fetched.sha256,
         width=width,

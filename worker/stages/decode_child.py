@@ -1,0 +1,231 @@
+"""The parent's end of one decoder process: starts it, exchanges images for crops, ends it. Used by one thread at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import images
+from engine.preprocess import CROP_PX, Layout
+from worker.clock import Deadline
+from worker.errors import Code, ItemError
+from worker.settings import DecodeSettings
+from worker.stages.decode_process import DECODED, MAX_JSON_BYTES, READY, REFUSED, REPLY, REQUEST
+
+START_TIMEOUT_S = 60.0
+MAX_CROPS_PER_FRAME = 5
+
+_CROP_BYTES = CROP_PX * CROP_PX * 3
+_LAUNCHER = (
+    "import json, sys; start = json.loads(sys.argv[1]); sys.path[:] = start['path']; "
+    "from worker.stages.decode_process import main; main(start)"
+)
+_ENVIRONMENT = {
+    "PATH": os.defpath,
+    "LC_ALL": "C.UTF-8",
+    "OPENBLAS_NUM_THREADS": "1",  # numpy starts no threads that nobody needs
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 24),  # pictures up to 4 megapixels reuse pages that are there already
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 26),
+}
+_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_END_S = 0.5
+
+
+class DecoderDied(Exception):  # noqa: N818 - a state of the child, caught by the stage
+    """The child is gone, or what it sent is no reply."""
+
+
+class Child:
+    """One decoder process and the socket to it.
+
+    Raises:
+        OSError: no process could be started.
+    """
+
+    def __init__(self, settings: DecodeSettings, crops: Layout, function: str) -> None:
+        self._connection, theirs = socket.socketpair()
+        self._lock = threading.Lock()
+        self._exchanging = threading.Lock()
+        self._output = _scratch()
+        with theirs:
+            start = {
+                "path": [str(Path(entry).resolve()) for entry in sys.path],
+                "socket": theirs.fileno(),
+                "parent": os.getpid(),
+                "function": function,
+                "max_pixels": settings.max_pixels,
+                "max_frames": settings.max_frames,
+                "layout": crops,
+                "max_memory_bytes": settings.max_memory_bytes,
+                "timeout_s": settings.timeout_s,
+            }
+            kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", _LAUNCHER, json.dumps(start)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._output,
+                    pass_fds=[theirs.fileno()],
+                    env=_ENVIRONMENT | kept,
+                )
+            except OSError:
+                self._connection.close()
+                os.close(self._output)
+                raise
+        self._is_ready = False
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def wait_ready(self) -> None:
+        """Wait until it has loaded.
+
+        Raises:
+            DecoderDied: it ended instead.
+            TimeoutError: not within START_TIMEOUT_S.
+        """
+        if self._is_ready:
+            return
+        status, _, _ = self._receive(Deadline(START_TIMEOUT_S))
+        if status != READY:
+            raise DecoderDied("it did not report ready")
+        self._is_ready = True
+
+    def exchange(self, data: bytes, settings: DecodeSettings) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+        """Send an image, wait for its description and crops.
+
+        Raises:
+            ItemError: the child refused the image.
+            TimeoutError: no complete reply in time.
+            DecoderDied: the child ended, ran out of memory or does not speak the protocol.
+        """
+        with self._exchanging:
+            return self._exchange(data, settings.max_frames * MAX_CROPS_PER_FRAME, Deadline(settings.timeout_s))
+
+    def _exchange(self, data: bytes, most_crops: int, deadline: Deadline) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+        try:
+            self._connection.settimeout(deadline.remaining())
+            head = REQUEST.pack(len(data))
+            sent = self._connection.sendmsg([head, data])
+            if sent < len(head) + len(data):
+                self._connection.sendall(memoryview(data)[max(0, sent - len(head)) :])
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise DecoderDied from error
+        status, content, crops = self._receive(deadline, most_crops)
+        if status == REFUSED:
+            raise _refusal(content)
+        if status != DECODED:
+            raise DecoderDied("it sent no verdict")
+        return content, crops
+
+    def _receive(self, deadline: Deadline, most_crops: int = 0) -> tuple[int, dict[str, Any], NDArray[np.uint8]]:
+        """One reply. The child may be in a stranger's hands: nothing it says about sizes is taken on trust."""
+        head = bytearray(REPLY.size)
+        self._fill(memoryview(head), deadline)
+        status, text_bytes, pixel_bytes = REPLY.unpack(head)
+        count, rest = divmod(pixel_bytes, _CROP_BYTES)
+        if text_bytes > MAX_JSON_BYTES or rest or count > most_crops:
+            raise DecoderDied("its reply has an impossible size")
+        text = bytearray(text_bytes)
+        self._fill(memoryview(text), deadline)
+        crops = np.empty((count, CROP_PX, CROP_PX, 3), np.uint8)
+        if count:
+            self._fill(crops.data.cast("B"), deadline)
+        try:
+            content = json.loads(text) if text else {}
+        except (ValueError, RecursionError) as error:
+            raise DecoderDied("its reply is not JSON") from error
+        if not isinstance(content, dict):
+            raise DecoderDied("its reply is not an object")
+        return status, content, crops
+
+    def _fill(self, buffer: memoryview, deadline: Deadline) -> None:
+        while buffer:
+            self._connection.settimeout(max(deadline.remaining(), 1e-6))  # zero would mean not to wait at all
+            try:
+                received = self._connection.recv_into(buffer)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise DecoderDied from error
+            if not received:
+                raise DecoderDied
+            buffer = buffer[received:]
+
+    def finish(self, deadline: Deadline) -> None:
+        """End it after the image in the works, or at the deadline."""
+        waited = self._exchanging.acquire(timeout=deadline.remaining())
+        self.kill()
+        if waited:
+            self._exchanging.release()
+
+    def kill(self) -> None:
+        """End it now, reap it, and wake whoever waits for its reply. Safe to call twice."""
+        with self._lock:
+            self._process.kill()
+            self._process.wait()
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            self._connection.close()
+            if self._output >= 0:
+                os.close(self._output)
+                self._output = -1
+
+    def end(self) -> str:
+        """How it ended, for people."""
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return "killed because its reply made no sense"
+        if code >= 0:
+            return f"exit status {code}"
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+        return f"killed by signal {-code}"
+
+    def last_words(self) -> str:
+        """The last line of its standard error, bounded and printable."""
+        if self._output < 0:
+            return ""
+        size = os.fstat(self._output).st_size
+        lines = os.pread(self._output, 4096, max(0, size - 4096)).decode("ascii", "replace").strip().splitlines()
+        return "".join(char for char in lines[-1] if char.isprintable())[:200] if lines else ""
+
+
+def _scratch() -> int:
+    """A file in memory for what codecs print; the child's limit on file sizes bounds it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("decoder-stderr")
+    return os.open(os.devnull, os.O_RDWR)
+
+
+def _refusal(content: dict[str, Any]) -> ItemError | DecoderDied:
+    code, message = content.get("code"), str(content.get("message"))[: images.MAX_MESSAGE_CHARS]
+    if code == Code.DECODE_CRASHED:
+        return DecoderDied(message)
+    if code not in (Code.DECODE_UNSUPPORTED, Code.DECODE_CORRUPT, Code.DECODE_TOO_MANY_PIXELS):
+        return DecoderDied("it refused for a reason that is none")
+    return ItemError(Code(code), message)
