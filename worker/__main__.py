@@ -1,6 +1,6 @@
 """`python -m worker`: reads arguments and settings, calls the command, turns its errors into one line and an exit code.
 
-Nothing heavy is imported here: decoder processes import this module again when they start.
+Nothing heavy is imported here, so that `--help` and wrong arguments answer at once.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from worker.budget import Budget
 from worker.clock import Clock
 from worker.delays import DelayQueue
 from worker.envelopes import open_retry
-from worker.errors import Code, DependencyError, ItemError, TransientItemError
+from worker.errors import Code, DependencyError, ItemError, StaleItemError, TransientItemError
 from worker.items import Decoded, Delivery, Event, Fetched, Item, Position, Record, Scored, Scores, Timings
 from worker.lanes import Closed, Lanes
 from worker.ledger import Ledger, Partition
@@ -278,6 +278,8 @@ class Pipeline:
             except ItemError as error:
                 self._land_failed(fetched.item, flight, error)
                 continue
+            except StaleItemError:
+                continue  # closed in the middle of this image: it is left to the partition's next owner
             finally:
                 self._stages.budget.release(len(fetched.data))
                 seconds = self._clock.monotonic() - started
