@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +36,7 @@ MIN_BATCH_LIMIT_BYTES = 64 * 2**20
 """A batch may unpack to this, or to four of the largest records; one that would to more is a bomb, and unreadable."""
 FOREVER_MS = 2**31 - 1
 TOPIC_POLL_S = 0.25
+CONNECT_GRACE_S = 2.0
 
 
 def connection_options(settings: KafkaSettings) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def open_consumer(settings: KafkaSettings, *, group: bool = True, **overrides: A
 
     from worker.batch_guard import guard
 
-    consumer = _connect(settings, lambda: KafkaConsumer(**(consumer_options(settings, group=group) | overrides)))
+    consumer = _connect(settings, KafkaConsumer, consumer_options(settings, group=group) | overrides)
     guard(consumer, max(MIN_BATCH_LIMIT_BYTES, 4 * settings.max_record_bytes))
     return consumer
 
@@ -134,14 +137,14 @@ def open_producer(settings: KafkaSettings, **overrides: Any) -> KafkaProducer:
     """Connect a producer. Raises as `open_consumer`."""
     from kafka import KafkaProducer
 
-    return _connect(settings, lambda: KafkaProducer(**(producer_options(settings) | overrides)))
+    return _connect(settings, KafkaProducer, producer_options(settings) | overrides)
 
 
 def open_admin(settings: KafkaSettings, **overrides: Any) -> KafkaAdminClient:
     """Connect an admin client. Raises as `open_consumer`."""
     from kafka import KafkaAdminClient
 
-    return _connect(settings, lambda: KafkaAdminClient(**(connection_options(settings) | overrides)))
+    return _connect(settings, KafkaAdminClient, connection_options(settings) | overrides)
 
 
 def ensure_topics(
@@ -240,7 +243,7 @@ def _watched_log() -> Iterator[_Complaints]:
         logger.removeHandler(handler)
 
 
-def _connect(settings: KafkaSettings, make: Callable[[], Client]) -> Client:
+def _connect(settings: KafkaSettings, make: Callable[..., Client], options: dict[str, Any]) -> Client:
     """The one boundary where errors of connecting become ours."""
     from kafka.errors import KafkaConfigurationError, KafkaError
 
@@ -248,11 +251,33 @@ def _connect(settings: KafkaSettings, make: Callable[[], Client]) -> Client:
     servers = ",".join(settings.bootstrap_servers)
     with _watched_log() as complaints:
         try:
-            return make()
+            return _within(lambda: make(**options), options["bootstrap_timeout_ms"] / 1000 + CONNECT_GRACE_S)
         except (KafkaConfigurationError, ValueError) as error:
             raise ConfigurationError(f"WORKER_KAFKA: {describe(error)}") from error
+        except TimeoutError as error:
+            raise DependencyError(f"Kafka at {servers} is not usable: {_cause('[SSL handshake unanswered]')}") from error
         except KafkaError as error:
             raise DependencyError(f"Kafka at {servers} is not usable: {_cause(complaints.most_telling or str(error))}") from error
+
+
+def _within(make: Callable[[], Client], seconds: float) -> Client:
+    """kafka-python's own time-out does not cover a TLS handshake that nobody answers: wait in a thread of our own."""
+    outcome: queue.SimpleQueue[tuple[Client | None, Exception | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((make(), None))
+        except Exception as error:  # noqa: BLE001 - raised again by the caller
+            outcome.put((None, error))
+
+    threading.Thread(target=work, name="kafka-connect", daemon=True).start()
+    try:
+        client, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if client is None:
+        raise error or TimeoutError
+    return client
 
 
 def _check_files(settings: KafkaSettings) -> None:

@@ -28,7 +28,7 @@ from kafka import errors as kafka_errors
 
 from worker import envelopes
 from worker.clock import Clock, Deadline, SystemClock
-from worker.errors import DependencyError, FatalError
+from worker.errors import ConfigurationError, DependencyError, FatalError
 from worker.items import Delivery, Headers, Record
 from worker.kafka_clients import describe, open_producer
 from worker.settings import KafkaSettings
@@ -96,6 +96,8 @@ class Publisher:
     """
 
     def __init__(self, settings: KafkaSettings, *, clock: Clock | None = None) -> None:
+        if settings.delivery == "exactly_once":
+            raise ConfigurationError("WORKER_KAFKA__DELIVERY: exactly_once is not supported yet; use at_least_once")
         self._settings = settings
         self._clock = clock or SystemClock()
         self._state = threading.Condition()
