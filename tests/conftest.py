@@ -65,24 +65,24 @@ def kafka_cluster() -> str:
     return script
 
 
-@pytest.fixture
-def start_cluster(kafka_cluster: str, tmp_path: Path) -> Iterator[Callable[..., Callable[..., str]]]:
-    """`run = start_cluster("--nodes", "3")`; then run("env"), run("kill", "2"); the cluster is stopped at the end."""
-    folders: list[Path] = []
+class KafkaCluster:
+    """Apache Kafka in `folder`, driven by the script: `run("start", "--nodes", "3")`, `run("kill", "2")`, `run("env")`."""
 
-    def run(*arguments: str, folder: Path) -> str:
-        command = [sys.executable, kafka_cluster, *arguments, "--dir", str(folder)]
+    def __init__(self, script: str, folder: Path) -> None:
+        self.folder = folder
+        self._script = script
+
+    def run(self, *arguments: str) -> str:
+        """What the script prints."""
+        command = [sys.executable, self._script, *arguments, "--dir", str(self.folder)]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=180).stdout.strip()
 
-    def start(*arguments: str) -> Callable[..., str]:
-        folder = tmp_path / f"kafka{len(folders)}"
-        folders.append(folder)
-        run("start", *arguments, folder=folder)
-        return lambda *verb: run(*verb, folder=folder)
+    def __enter__(self) -> KafkaCluster:
+        return self
 
-    yield start
-    for folder in folders:
-        run("stop", folder=folder)
+    def __exit__(self, *_: object) -> None:
+        if self.folder.exists():
+            self.run("stop")
 
 
 def unique_settings(bootstrap: str, **overrides: object) -> KafkaSettings:
