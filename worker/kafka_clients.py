@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from worker.clock import Deadline
@@ -148,11 +149,16 @@ def open_admin(settings: KafkaSettings, **overrides: Any) -> KafkaAdminClient:
 
 
 def ensure_topics(
-    settings: KafkaSettings, deadline: Deadline, *, create: bool | None = None, sleep: Callable[[float], None] | None = None
+    settings: KafkaSettings,
+    deadline: Deadline,
+    *,
+    topics: Sequence[str] | None = None,
+    create: bool | None = None,
+    sleep: Callable[[float], None] | None = None,
 ) -> None:
     """Wait for the broker and for the topics that are read and written; create missing ones with `create_topics`.
 
-    New topics get the broker's default partitions and replicas.
+    New topics get the broker's default partitions and replicas. `topics`: others than those of the worker.
 
     Raises:
         DependencyError: no broker, or each topic that is still missing, when the deadline passes.
@@ -161,7 +167,8 @@ def ensure_topics(
 
     sleep = sleep or time.sleep
     create = settings.create_topics if create is None else create
-    wanted = [*settings.upload_topics, settings.verdict_topic, settings.retry_topic, settings.dead_letter_topic]
+    pipeline = [*settings.upload_topics, settings.verdict_topic, settings.retry_topic, settings.dead_letter_topic]
+    wanted = pipeline if topics is None else list(topics)
     with contextlib.closing(open_admin(settings, bootstrap_timeout_ms=_milliseconds(deadline))) as admin:
         while True:
             missing = _missing_topics(admin, wanted)
@@ -177,7 +184,7 @@ def ensure_topics(
 
 def describe(error: Exception) -> str:
     """A foreign error in one line: its name and what it says, without codes."""
-    text = " ".join(str(error).split())
+    text = re.sub(r"^\[Error \d+\] ", "", " ".join(str(error).split()))
     name = type(error).__name__
     return text if text.startswith(name) or name in text[:60] else f"{name}: {text}" if text else name
 
@@ -227,9 +234,14 @@ class _Complaints(logging.Handler):
 
     @property
     def most_telling(self) -> str:
-        """The last one that says more than that the connection was closed."""
-        telling = [text for text in self._seen if "socket disconnected" not in text]
-        return (telling or self._seen or [""])[-1]
+        """The last of the best: one with a reason before one closed without, before one that ran out of time."""
+        return max(reversed(self._seen), key=_telling, default="")
+
+
+def _telling(complaint: str) -> int:
+    if re.search(r"timed ?out|timeout", complaint, re.IGNORECASE):
+        return 0
+    return 1 if "socket disconnected" in complaint else 2
 
 
 @contextlib.contextmanager
@@ -306,6 +318,10 @@ _CAUSES = (
     ),
     ("CERTIFICATE_VERIFY_FAILED", "the broker's certificate is not trusted: check WORKER_KAFKA__SSL_CAFILE and the host name"),
     ("[SSL", "the TLS handshake failed: does this listener speak TLS? check WORKER_KAFKA__SECURITY_PROTOCOL and the port"),
+    (
+        "InvalidReceiveError",
+        "what answers there does not speak plain Kafka, TLS perhaps: check WORKER_KAFKA__SECURITY_PROTOCOL and the port",
+    ),
     ("ECONNREFUSED", "nothing listens there: check WORKER_KAFKA__BOOTSTRAP_SERVERS and that the broker runs"),
     ("DNS", "the host name cannot be resolved: check WORKER_KAFKA__BOOTSTRAP_SERVERS"),
     (
