@@ -121,6 +121,13 @@ class Ledger:
             if tenure is not None and position.offset in tenure.open:
                 tenure.abandoned.add(position.offset)
 
+    def resume(self, position: Position) -> None:
+        """Somebody works on an abandoned record again."""
+        with self._lock:
+            tenure = self._tenure_of(position)
+            if tenure is not None:
+                tenure.abandoned.discard(position.offset)
+
     def current(self, position: Position) -> bool:
         """Whether the tenure in which this record was read still lasts. Work on one of an ended tenure is wasted."""
         with self._lock:

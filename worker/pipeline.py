@@ -36,6 +36,7 @@ from worker.metrics import Metrics
 from worker.outcomes import Delayed, Engine, Failed, Flight, Inferred, Outcome, Postponed, Receipts, Waiting
 from worker.settings import Settings
 from worker.stages.cache import CachedScore, ScoreCache
+from worker.stages.consume import UnreadableRecord
 from worker.stages.decode import Decoder
 from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
@@ -132,6 +133,7 @@ class Pipeline:
     def release_due(self) -> None:
         """Let retries go whose time has come, as far as there is room."""
         for delayed in self._stages.delays.pop_due(self.room()):
+            self._stages.ledger.resume(delayed.record.position)
             self._admit(delayed.record, delayed.delivery)
 
     def forget(self, partitions: frozenset[Partition]) -> None:
@@ -164,6 +166,10 @@ class Pipeline:
     def _admit(self, record: Record, delivery: Delivery) -> None:
         self._stages.budget.charge(record.size_bytes)
         timings = Timings(started=self._clock.monotonic())
+        if isinstance(record, UnreadableRecord):
+            malformed = ItemError(Code.EVENT_MALFORMED, record.reason)
+            self._to_publish.put(Failed(record, delivery, malformed, None, timings))
+            return
         try:
             event = contracts.parse(record, self._limits, delivery.origin)
         except contracts.EventError as error:

@@ -119,6 +119,14 @@ class LedgerMachine(RuleBasedStateMachine):
                     record[2] = True
         self.ledger.abandon(position)
 
+    @rule(position=positions)
+    def resume(self, position: Position) -> None:
+        if self.ledger.current(position):
+            for record in self.model.records[(position.topic, position.partition)]:
+                if record[0] == position.offset:
+                    record[2] = False
+        self.ledger.resume(position)
+
     @rule(partition=st.sampled_from(PARTITIONS))
     def revoke(self, partition: Partition) -> None:
         self.tenures.pop(partition, None)

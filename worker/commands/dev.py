@@ -112,6 +112,7 @@ def _environment(
         environment_name("kafka", "bootstrap_servers"): broker.bootstrap,
         environment_name("kafka", "security_protocol"): "PLAINTEXT",
         environment_name("kafka", "create_topics"): "true",
+        environment_name("kafka", "session_timeout_ms"): "6000",  # the embedded broker completes a join after half of it
         environment_name("cache", "url"): cache.url,
         environment_name("http", "port"): str(port),
         environment_name("fetch", "file_roots"): ",".join(sorted(roots)),
