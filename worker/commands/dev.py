@@ -15,7 +15,6 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +126,15 @@ def _reloaded() -> Settings:
 
 def _show(settings: Settings, images: list[Path], worker: _Worker, interrupted: threading.Event, *, once: bool) -> int:
     """Upload the images and print verdicts; returns the exit code."""
+    from worker.topic_reader import follow
+
     waiting = _upload(settings, images) if images else {}
     total = len(waiting)
     deadline = time.monotonic() + ONCE_TIMEOUT_S
     _print_row("image", "label", "score", "action", "reason", "cache", "ms")
-    for verdict in _verdicts(settings):
-        if verdict is not None:
+    for record in follow(settings.kafka, settings.kafka.verdict_topic, from_beginning=True):
+        if record is not None:
+            verdict = json.loads(record.value)
             name = waiting.pop(str(verdict["event_id"]), str(verdict["event_id"]))
             _print_verdict(name, verdict)
         if once and not waiting:
@@ -148,25 +150,6 @@ def _show(settings: Settings, images: list[Path], worker: _Worker, interrupted: 
             )
             return 1
     return 0
-
-
-def _verdicts(settings: Settings) -> Iterator[dict[str, Any] | None]:
-    """Every verdict of the topic from its beginning, and None whenever there is none for a moment."""
-    from kafka import TopicPartition
-
-    from worker.kafka_clients import open_consumer
-
-    topic = settings.kafka.verdict_topic
-    consumer = open_consumer(settings.kafka, group=False, auto_offset_reset="earliest")
-    try:
-        consumer.assign([TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()])
-        while True:
-            for records in consumer.poll(timeout_ms=200).values():
-                for record in records:
-                    yield json.loads(record.value)
-            yield None
-    finally:
-        consumer.close()
 
 
 def _upload(settings: Settings, images: list[Path]) -> dict[str, str]:
