@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+from typing import NoReturn
 
 COMMANDS = {
     "run": "the production worker; settings from the environment",
@@ -22,13 +23,20 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: {message}; try --help\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     from worker import settings as settings_module
     from worker.errors import FatalError
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m worker", description="CoDE moderation worker")
+    parser = _Parser(prog="python -m worker", description="CoDE moderation worker")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, help_line in COMMANDS.items():
         command = commands.add_parser(name, help=help_line, description=help_line)
