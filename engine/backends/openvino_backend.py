@@ -80,8 +80,8 @@ class OpenVINOBackend(CheckedBackend):
     def _load(self, bundle: Bundle) -> None:
         from engine import graph
 
-        encoder = graph.serialize(graph.model(bundle, part="encoder"))
-        heads = graph.serialize(graph.model(bundle, part="heads"))
+        encoder = self._core.read_model(graph.serialize(graph.model(bundle, part="encoder")))
+        heads = self._core.read_model(graph.serialize(graph.model(bundle, part="heads")))
         crop = (CROP_PX, CROP_PX, 3)
         hint = {"fp32": "f32", "bf16": "bf16"}[self.precision]
         self._chunks = self._guard(lambda: _Lane(self._compile(encoder, (CHUNK, *crop), hint, self._threads)))
@@ -89,16 +89,16 @@ class OpenVINOBackend(CheckedBackend):
         self._heads = self._guard(lambda: _Lane(self._compile(heads, (HEADS_CHUNK, EMBEDDING_DIM), "f32", 1)))
         self._guard(self._choose_ways)
 
-    def _compile(self, model: bytes, shape: tuple[int, ...], precision: str, streams: int) -> Any:
-        read = self._core.read_model(model)
-        read.reshape(list(shape))
+    def _compile(self, model: Any, shape: tuple[int, ...], precision: str, streams: int) -> Any:
+        model = model.clone()  # shares the weights
+        model.reshape(list(shape))
         options = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": self._threads,
             "NUM_STREAMS": streams,
             "ENABLE_CPU_PINNING": False,
         }
-        return self._core.compile_model(read, "CPU", options)
+        return self._core.compile_model(model, "CPU", options)
 
     def _choose_ways(self) -> None:
         """Time one round of chunks and one crop alone: up to how many crops one by one are no slower than the round."""
