@@ -38,7 +38,7 @@ def _keep_join(consumer: KafkaConsumer) -> None:
     With short polls a member may so join again and again and never own a partition. `poll` waits for a task that is not
     done, so the task is wrapped in one that never says it is; waiting for it then gives its result at once.
     """
-    coordinator = getattr(consumer, "_coordinator", None)
+    coordinator: Any = getattr(consumer, "_coordinator", None)
     if isinstance(getattr(coordinator, "_join_task", None), Future):
         coordinator._join_task = _Join(coordinator._join_task)
 
@@ -49,6 +49,6 @@ def _restore_parked(consumer: KafkaConsumer) -> None:
     `fetched_records` restores them only where its slot for the current partition is None; the slot of one that is used up
     is not None but merely false, and stays so.
     """
-    fetcher = getattr(consumer, "_fetcher", None)
+    fetcher: Any = getattr(consumer, "_fetcher", None)
     if getattr(fetcher, "_paused_partition_records", None) and not fetcher._next_partition_records:
         fetcher._next_partition_records = None
