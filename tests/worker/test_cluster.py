@@ -310,3 +310,41 @@ def test_the_secure_listener_checks_the_host_name(secure: KafkaCluster, tmp_path
     other = secure_settings(secure, bootstrap_servers=(f"127.0.0.2:{port}",), startup_timeout_s=2.0)
     with pytest.raises(DependencyError):
         open_producer(other)
+
+
+def test_the_only_broker_dies_and_comes_back(secure: KafkaCluster) -> None:
+    """Nobody restarts the worker: what was in flight is sent when the broker is back, nothing is lost or doubled."""
+    settings = prepare(settings_for(secure, request_timeout_ms=5_000))
+    topic, total = settings.upload_topics[0], 3_000
+    produce(settings, topic, values(total))
+    publisher = Publisher(settings)
+    done: list[bytes] = []
+    with member(settings) as one:
+
+        def turn() -> None:
+            for record in one.consumer.poll(max(0, 200 - publisher.undelivered), 0.05):
+
+                def receipt(record: consume.Record = record) -> None:
+                    if one.ledger.finish(record.position):
+                        done.append(record.key or b"")
+                    one.consumer.wake()
+
+                publisher.verdict(b"{}" * 50, (record.key or b"").decode(), [], receipt)
+                time.sleep(0.0005)
+            one.consumer.commit()
+            publisher.check()
+
+        until(lambda: len(done) > total // 3, turn, 60)
+        secure.run("kill", "1")
+        away = Deadline(15)
+        until(away.expired, turn, 60)
+        assert len(done) < total
+        secure.run("restart", "1")
+        until(lambda: len(set(done)) == total and not publisher.undelivered, turn, 120)
+        until(lambda: one.consumer.commit(Deadline(5)), turn, 60)
+        one.consumer.close(Deadline(10))
+    assert publisher.close(Deadline(10))
+    assert committed(settings, topic) == ends(settings, topic)
+    published = [record.key for record in read_all(settings, settings.verdict_topic, quiet_s=2.0)]
+    assert set(published) == set(values(total))
+    assert len(published) == len(done)

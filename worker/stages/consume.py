@@ -38,6 +38,7 @@ REVOKE_CHECK_S = 0.01
 REVOKE_COMMIT_S = 5.0
 IDLE_ADVANCE_S = 2.0
 ERROR_PAUSE_S = 0.2
+COMPLAIN_INTERVAL_S = 10.0
 
 REFUSALS = (
     kafka_errors.AuthorizationError,
@@ -106,6 +107,7 @@ class Consumer:
         self._wake = threading.Event()
         self._commit: tuple[Any, dict[Partition, int]] | None = None
         self._may_commit = True
+        self._quiet_until: dict[str, float] = {}
         self._closing: Deadline | None = None
         self._advanced = self._clock.monotonic()
         self._raw: KafkaConsumer = open_consumer(settings)
@@ -200,7 +202,7 @@ class Consumer:
         except kafka_errors.KafkaError as error:
             if error.__cause__ is not None:
                 raise  # our own listener failed: a fault of ours, not the broker's
-            log.warning("consumer.poll_failed", error=describe(error))
+            self._complain("consumer.poll_failed", error)
             self._wake.wait(ERROR_PAUSE_S)
             return []
         return [self._record(raw) for batch in answer.values() for raw in batch]
@@ -260,7 +262,14 @@ class Consumer:
         self._observer.committed(False)
         if isinstance(error, REFUSALS):
             raise DependencyError(f"Kafka refuses this consumer's commits: {describe(error)}") from error
-        log.warning("consumer.commit_failed", error=describe(error))
+        self._complain("consumer.commit_failed", error)
+
+    def _complain(self, event: str, error: Exception) -> None:
+        """Log what goes wrong again and again while a broker is away once in a while only."""
+        now = self._clock.monotonic()
+        if now >= self._quiet_until.get(event, 0.0):
+            self._quiet_until[event] = now + COMPLAIN_INTERVAL_S
+            log.warning(event, error=describe(error))
 
     def _keep_alive(self, timeout_s: float) -> None:
         """Wait a little with all partitions paused, polling for the sake of the membership."""
@@ -324,7 +333,7 @@ class Consumer:
                     self._observer.committed(True)
             except kafka_errors.KafkaError as error:
                 self._observer.committed(False)
-                log.warning("consumer.commit_failed", error=describe(error), at="revoke")
+                self._complain("consumer.commit_failed", error)
                 if not error.retriable:
                     return
             if deadline.expired():
