@@ -172,7 +172,10 @@ class App:
         fetcher = Fetcher(settings.fetch, clock)
         decoder = Decoder(settings.decode, settings.engine.crops, self._decoder_restarted)
         self._publisher = Publisher(settings.kafka, clock=clock)
+        stack.callback(lambda: self._publisher.close(Deadline(0.0)))
         self._consumer = Consumer(settings.kafka, ledger, self._group, clock=clock)
+        # After a failure: nothing is committed on the way out, but the group need not wait for the session to end.
+        stack.callback(lambda: self._consumer.close(Deadline(LEAVE_TIMEOUT_S, clock), commit=False))
         batcher: Batcher[Waiting] = Batcher(_batch_config(settings), clock.monotonic, observer=self._batch_ran)
         delays: DelayQueue[Delayed] = DelayQueue(
             MAX_DELAYED, settings.kafka.max_in_flight_bytes // 4, settings.fetch.retry_delay_max_s, clock
