@@ -313,9 +313,9 @@ class Consumer:
     async def _on_revoked(self, partitions: frozenset[Partition]) -> None:
         self._paused -= partitions
         self._observer.revoking(partitions)
-        deadline = Deadline(self._settings.max_poll_interval_ms / 1000 / REVOKE_WAIT_SHARE, self._clock)
+        deadline = self._revoke_deadline(self._settings.max_poll_interval_ms / 1000 / REVOKE_WAIT_SHARE)
         while self._may_commit and any(self._ledger.in_flight(partition) for partition in partitions):
-            if deadline.expired() or (self._closing is not None and self._closing.expired()):
+            if deadline.expired():
                 break
             await self._raw._net.sleep(REVOKE_CHECK_S)
         if self._may_commit:
@@ -324,7 +324,7 @@ class Consumer:
 
     async def _commit_revoked(self, partitions: frozenset[Partition]) -> None:
         """The last commit of these partitions in this tenure, by explicit offsets: they are not in the assignment any more."""
-        deadline = Deadline(REVOKE_COMMIT_S, self._clock)
+        deadline = self._revoke_deadline(REVOKE_COMMIT_S)
         while offsets := self._ledger.committable(partitions):
             try:
                 # None is a commit's answer; anything else means that the client only found the coordinator.
@@ -339,6 +339,10 @@ class Consumer:
             if deadline.expired():
                 return
             await self._raw._net.sleep(REVOKE_CHECK_S)
+
+    def _revoke_deadline(self, seconds: float) -> Deadline:
+        """So many seconds from now, but no later than the end of `close`."""
+        return Deadline(seconds if self._closing is None else min(seconds, self._closing.remaining()), self._clock)
 
     def _on_lost(self, partitions: frozenset[Partition]) -> None:
         self._paused -= partitions

@@ -198,6 +198,7 @@ def test_a_held_topic_waits_while_the_others_are_read(kafka_settings: Settings) 
         until(lambda: one.seen == [b"upload", b"retry"], one.step)
 
 
+@pytest.mark.slow
 def test_members_come_and_go_without_loss_and_without_double_work(kafka_settings: Settings) -> None:
     settings = prepare(kafka_settings())
     topic = settings.upload_topics[0]
@@ -220,6 +221,7 @@ def test_members_come_and_go_without_loss_and_without_double_work(kafka_settings
     assert committed(settings, topic) == log_ends(settings, topic)
 
 
+@pytest.mark.slow
 def test_a_revoke_waits_for_records_in_flight(kafka_settings: Settings) -> None:
     settings = prepare(kafka_settings())
     produce(settings, settings.upload_topics[0], values(30))
@@ -234,6 +236,7 @@ def test_a_revoke_waits_for_records_in_flight(kafka_settings: Settings) -> None:
         assert first.observer.repeated == 0
 
 
+@pytest.mark.slow
 def test_a_revoke_waits_no_longer_than_a_fifth_of_the_poll_interval(kafka_settings: Settings) -> None:
     settings = prepare(kafka_settings(max_poll_interval_ms=5_000))
     produce(settings, settings.upload_topics[0], values(30))
@@ -248,6 +251,7 @@ def test_a_revoke_waits_no_longer_than_a_fifth_of_the_poll_interval(kafka_settin
             assert counted is (position[:2] not in moved)  # late results of what was taken away count for nothing
 
 
+@pytest.mark.slow
 def test_what_only_waits_does_not_hold_up_a_revoke(kafka_settings: Settings) -> None:
     settings = prepare(kafka_settings())
     produce(settings, settings.upload_topics[0], values(30))
@@ -259,6 +263,7 @@ def test_what_only_waits_does_not_hold_up_a_revoke(kafka_settings: Settings) -> 
             until(lambda: len(second.seen) > 0, second.step, seconds=20)
 
 
+@pytest.mark.slow
 def test_an_expelled_member_loses_its_tenure_and_commits_nothing_of_it(kafka_settings: Settings) -> None:
     settings = prepare(kafka_settings(max_poll_interval_ms=2_000))
     topic = settings.upload_topics[0]
