@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from engine.bundle import packaged
 from tests.conftest import unique_settings
 from tests.engine.bundles import random_bundle
 from tests.worker.console.stage import POLICY, TOKENS, ConsoleProcess, Producer
 from worker.embedded import EmbeddedBroker
-from worker.settings import KafkaSettings
+from worker.health import Health, HealthServer
+from worker.metrics import Metrics
+from worker.settings import HttpSettings, KafkaSettings
 
 CHROMIUM_OPTIONS = (
     "--headless",
@@ -33,6 +36,8 @@ def console_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path,
     """A bundle, a policy, and a folder for logs."""
     folder = tmp_path_factory.mktemp("console")
     (folder / "policy.toml").write_text(POLICY)
+    if os.environ.get("CONSOLE_SCREENSHOTS"):  # pictures for people: with the model that ships
+        return packaged(), folder / "policy.toml", folder
     return random_bundle(folder / "bundle", seed=1).path, folder / "policy.toml", folder
 
 
@@ -51,10 +56,22 @@ def producer(topics: KafkaSettings) -> Iterator[Producer]:
 
 
 @pytest.fixture(scope="session")
-def console(topics: KafkaSettings, producer: Producer, console_files: tuple[Path, Path, Path]) -> Iterator[ConsoleProcess]:
+def worker_metrics() -> Iterator[tuple[Metrics, str]]:
+    """A worker's /metrics page without the worker, and its address."""
+    metrics = Metrics()
+    server = HealthServer(HttpSettings(port=0), Health(stale_after_s=60), metrics)
+    server.start()
+    yield metrics, f"http://127.0.0.1:{server.port}/metrics"
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def console(
+    topics: KafkaSettings, producer: Producer, console_files: tuple[Path, Path, Path], worker_metrics: tuple[Metrics, str]
+) -> Iterator[ConsoleProcess]:
     """A running console."""
     bundle, policy, folder = console_files
-    with ConsoleProcess(topics, bundle, policy, folder / "console.log") as running:
+    with ConsoleProcess(topics, bundle, policy, folder / "console.log", CONSOLE__METRICS_URLS=worker_metrics[1]) as running:
         yield running
 
 

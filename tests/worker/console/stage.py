@@ -29,6 +29,9 @@ TOKENS = {"ada": "ada-token-0123456789", "grace": "grace-token-0123456789", "vic
 ROLES = {"ada": "reviewer", "grace": "reviewer", "victor": "viewer"}
 SIGNING_KEY = "k" * 40
 POLICY = """
+name = "house"
+version = "2026-11"
+
 [tenants.default]
 review = 0.3
 block = 0.95
@@ -144,7 +147,7 @@ def verdict(
         event=Event(event_id, None, b"", tenant=more.get("tenant", "default"), item={"type": "post", "id": "7"}),
         source=source or Position("nowhere", 0, 0, 0),
         model=ModelRef("random", more.get("version", "1"), "linear", "openvino", "cpu"),
-        decision=Decision(label, action, bool(score and 0.4 <= score < 0.6), "policy", "1"),
+        decision=Decision(label, action, bool(score and 0.4 <= score < 0.6), "house", "2026-11"),
         processed_at=time.time(),
         scores=None if score is None else Scores({"linear": score, "knn": score * 0.9, "ocsvm": score * 0.8}, (score,)),
         image=None if score is None else ImageInfo(sha256 or "", 480, 360, "JPEG", 1),

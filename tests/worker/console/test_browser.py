@@ -127,7 +127,7 @@ def test_a_viewer_cannot_decide(open_page: OpenPage, producer: Producer) -> None
 def test_why_shows_picture_heat_map_heads_neighbours_and_rule(open_page: OpenPage, producer: Producer) -> None:
     found = producer.judged(seed=14, score=0.62)
     page = open_page("victor", f"why/{found['event_id']}")
-    page.wait_for_selector("text=windows: most evidence of generation", timeout=60_000)
+    page.wait_for_selector(".picture >> text=windows: most evidence of generation", timeout=60_000)
     page.keyboard.press("h")
     canvas = page.locator("canvas.heat")
     assert canvas.is_visible()

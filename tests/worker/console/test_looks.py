@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-import time
-from collections.abc import Callable
+import random
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 
 from tests.worker.console.stage import ConsoleProcess, Producer, picture, verdict
 from tests.worker.console.test_browser import take
+from tests.worker.console.test_server import claim, decide, wait_for
+from worker.metrics import Metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.broker]
 OpenPage = Callable[..., Any]
@@ -29,46 +32,64 @@ LOOKS = (
 
 
 @pytest.fixture(scope="module")
-def stock(producer: Producer, console: ConsoleProcess) -> dict[str, Any]:
-    """Something to look at in every view."""
-    tenants = ("acme", "borealis", "default")
-    for second in range(3):
-        some = [
-            verdict(
-                f"post-{time.time_ns()}-{n}", [0.02, 0.11, 0.2, 0.45, 0.97][n % 5], tenant=tenants[n % 3], cache_hit=n % 4 == 0
-            )
-            for n in range(12 + 5 * second)
-        ]
-        failed = verdict(f"post-{time.time_ns()}", None, reason=("decode.corrupt", "fetch.not_found")[second % 2])
-        producer.publish(*some, failed)
-        time.sleep(1.0)
+def stock(producer: Producer, console: ConsoleProcess, worker_metrics: tuple[Metrics, str]) -> Iterator[dict[str, Any]]:
+    """Something to look at in every view, and verdicts that go on coming."""
     found = [
         producer.judged(seed=50 + n, score=score, event_id=f"post-{4000 + n}") for n, score in enumerate((0.61, 0.55, 0.48, 0.72))
     ]
-    copy = verdict("post-4000-copy", 0.61, found[0]["image"]["sha256"], None)
-    producer.publish(
-        copy | {"source": found[0]["source"]}, found[0] | {"verdict_id": "again", "processed_at": found[0]["processed_at"]}
-    )
-    return {"why": found[0], "review": found[1]}
+    copies = [verdict(f"post-{4010 + n}", 0.61, found[0]["image"]["sha256"]) | {"source": found[0]["source"]} for n in range(3)]
+    producer.publish(*copies)
+    wait_for(console, found[3])
+    assert claim(console, "grace", found[3])
+    assert decide(console, "grace", found[3], "overturn", "authentic", note="the author sent the layers")[0] == 200
+    stopping = threading.Event()
+    thread = threading.Thread(target=_stream, args=(producer, worker_metrics[0], stopping), daemon=True)
+    thread.start()
+    yield {"why": found[0], "review": found[1]}
+    stopping.set()
+    thread.join()
+
+
+def _stream(producer: Producer, metrics: Metrics, stopping: threading.Event) -> None:
+    """What a small platform sees: some forty uploads a second."""
+    rng = random.Random(3)
+    number = 0
+    while not stopping.wait(0.25):
+        verdicts = []
+        for _ in range(rng.randint(7, 14)):
+            number += 1
+            failed = rng.random() < 0.04
+            score = None if failed else min(0.999, rng.betavariate(0.5, 3) if rng.random() < 0.85 else rng.betavariate(9, 1))
+            reason = rng.choice(["decode.corrupt", "fetch.not_found", "fetch.timeout", "decode.unsupported"]) if failed else None
+            tenant = rng.choice(["acme", "acme", "borealis", "default"])
+            made = verdict(f"post-{9000 + number}", score, reason=reason, tenant=tenant, cache_hit=rng.random() < 0.2)
+            slow = rng.lognormvariate(0, 0.5)
+            times = {"fetch": 22 * slow, "decode": 4 * slow, "queue": 3.1 * slow, "infer": 9.5 * slow, "total": 41 * slow}
+            verdicts.append(made | {"timings_ms": times, "action": "block" if failed else "allow" if made["action"] == "review" else made["action"]})
+        producer.publish(*verdicts)
+        metrics.batch_size.observe(rng.choice([1, 2, 4, 8, 8, 16, 16, 32]))
+        metrics.batches.labels("timeout").inc()
+        metrics.consumer_lag.labels("image.uploads", "0").set(rng.randint(0, 9))
 
 
 def settle(page: Any, view: str, stock: dict[str, Any]) -> None:
     """Bring a view to where it shows what it is for."""
     if view == "live":
         page.wait_for_selector("table.rows tbody tr")
-        page.wait_for_function("() => /in a minute/.test(document.querySelector('.tile .quiet').textContent)")
-        page.click("text=Pause")
+        page.wait_for_function("() => document.querySelectorAll('.panels .bars dt').length > 3")
     elif view in ("review", "why"):
+        page.wait_for_selector(f"h1:has-text('{view.title()}')")
         if view == "review":
             take(page, stock["review"])
-        page.wait_for_selector("text=windows: most evidence of generation", timeout=60_000)
+        page.wait_for_selector(".picture >> text=windows: most evidence of generation", timeout=60_000)
         page.keyboard.press("b")
         page.keyboard.press("h")
     elif view == "decided":
-        page.wait_for_selector(".scroll")
+        page.wait_for_selector(".rows a")
     elif view == "try":
         page.set_input_files("#trial-file", {"name": "dunes.jpg", "mimeType": "image/jpeg", "buffer": picture(60)})
         page.wait_for_selector(".trial .part-verdict", timeout=60_000)
+    page.evaluate("() => scrollTo(0, 0)")
     page.wait_for_timeout(300)
 
 

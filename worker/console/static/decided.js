@@ -38,9 +38,9 @@ export function open(main, { connected }) {
     if (!alive) return;
     nothing.textContent = found.length ? "" : "Nothing was decided yet, or nothing fits.";
     fill(rows, found.map((row) => h("tr", {},
-      h("td", {}, when(row.decision.at)),
+      h("td", { class: "optional" }, when(row.decision.at)),
       h("td", { class: "event" }, row.event_id ? h("a", { href: `#/why/${encodeURIComponent(row.event_id)}` }, row.event_id) : row.entry),
-      h("td", {}, row.label ? badge(row.label) : "", h("span", { class: "quiet" }, ` ${score(row.score)}`)),
+      h("td", { class: "optional" }, row.label ? badge(row.label) : "", h("span", { class: "quiet" }, ` ${score(row.score)}`)),
       h("td", {}, badge(row.decision.label), h("span", { class: "quiet" }, ` ${row.decision.decision}`)),
       h("td", {}, row.decision.by),
       h("td", { class: "optional" }, REASONS[row.decision.why?.reason] || "", row.decision.why?.note ? h("span", { class: "quiet" }, ` ${row.decision.why.note}`) : null),
@@ -50,7 +50,7 @@ export function open(main, { connected }) {
 
   fill(main, h("div", { class: "head" }, h("h1", {}, "Decided"), h("div", { class: "filters" }, h("div", { class: "field" }, h("label", { for: "search" }, "Search"), search))),
     h("div", { class: "card" }, h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Decisions" }, h("table", { class: "rows" },
-      h("thead", {}, h("tr", {}, ["time", "event", "model", "decision", "by"].map((name) => h("th", { scope: "col" }, name)),
+      h("thead", {}, h("tr", {}, ["time", "event", "model", "decision", "by"].map((name) => h("th", { scope: "col", class: name === "time" || name === "model" ? "optional" : null }, name)),
         h("th", { scope: "col", class: "optional" }, "why"), h("th", { scope: "col" }, "state"))), rows)), nothing));
   load();
   const again = setInterval(load, 5000);

@@ -27,10 +27,10 @@ export function open(main, { connected }) {
   const field = (name, input) => h("div", { class: "field" }, h("label", { for: input.id }, name), input);
 
   const row = (r) => h("tr", {},
-    h("td", {}, when(r.at)),
+    h("td", { class: "optional" }, when(r.at)),
     h("td", { class: "event" }, h("a", { href: `#/why/${encodeURIComponent(r.event_id)}` }, r.event_id)),
     h("td", { class: "optional" }, r.tenant),
-    h("td", {}, badge(r.label), r.uncertain ? h("span", { class: "quiet", title: "in the band in which the model abstains" }, " uncertain") : null),
+    h("td", {}, badge(r.label), r.uncertain ? h("span", { class: "quiet optional", title: "in the band in which the model abstains" }, " uncertain") : null),
     h("td", { class: "number" }, score(r.score)),
     h("td", {}, badge(r.action)),
     h("td", { class: "optional" }, r.reason ? h("code", {}, r.reason) : r.cache === "hit" ? "cache" : ""),
@@ -114,7 +114,7 @@ export function open(main, { connected }) {
       h("div", { class: "head" }, h("h2", { id: "rows-title" }, "Verdicts"), sample, pause),
       h("div", { class: "scroll", tabindex: "0", role: "region", "aria-labelledby": "rows-title" },
         h("table", { class: "rows", "aria-describedby": "sample" },
-          h("thead", {}, h("tr", {}, ["time", "event"].map((n) => h("th", { scope: "col" }, n)), h("th", { scope: "col", class: "optional" }, "tenant"),
+          h("thead", {}, h("tr", {}, h("th", { scope: "col", class: "optional" }, "time"), h("th", { scope: "col" }, "event"), h("th", { scope: "col", class: "optional" }, "tenant"),
             h("th", { scope: "col" }, "label"), h("th", { scope: "col", class: "number" }, "score"), h("th", { scope: "col" }, "action"),
             h("th", { scope: "col", class: "optional" }, "note"), h("th", { scope: "col", class: "number optional" }, "total"))),
           rows))));

@@ -94,8 +94,8 @@ export function open(main, { person, connected }, wanted) {
     const near = neighbours();
     panel = decisionPanel(item, verdict, problem);
     fill(stage, h("div", { class: "columns" },
-      h("div", { class: "column" }, h("div", { class: "card part-picture" }, shown.element), panel.element),
-      h("div", { class: "column" }, outcome(verdict, found.rule, found.rule_problem), history(item), heads(verdict), near.element, provenance(verdict), origin(verdict))));
+      h("div", { class: "column" }, h("div", { class: "card part-picture" }, shown.element), outcome(verdict, found.rule, found.rule_problem), heads(verdict), near.element),
+      h("div", { class: "column" }, panel.element, history(item), provenance(verdict), origin(verdict))));
     unbind();
     unbind = keys({ n: next, ...shown.keys, ...panel.keys });
     drawList();
