@@ -65,7 +65,13 @@ def _stream(producer: Producer, metrics: Metrics, stopping: threading.Event) -> 
             made = verdict(f"post-{9000 + number}", score, reason=reason, tenant=tenant, cache_hit=rng.random() < 0.2)
             slow = rng.lognormvariate(0, 0.5)
             times = {"fetch": 22 * slow, "decode": 4 * slow, "queue": 3.1 * slow, "infer": 9.5 * slow, "total": 41 * slow}
-            verdicts.append(made | {"timings_ms": times, "action": "block" if failed else "allow" if made["action"] == "review" else made["action"]})
+            verdicts.append(
+                made
+                | {
+                    "timings_ms": times,
+                    "action": "block" if failed else "allow" if made["action"] == "review" else made["action"],
+                }
+            )
         producer.publish(*verdicts)
         metrics.batch_size.observe(rng.choice([1, 2, 4, 8, 8, 16, 16, 32]))
         metrics.batches.labels("timeout").inc()
