@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import pipeline
+from benchmarks import batcher_simulated, pipeline
 
 
 def _rows(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -29,6 +29,11 @@ def main() -> None:
     arguments = parser.parse_args()
     table = Table("figure", "value", title="pipeline")
     for name, value in _rows(pipeline.main(arguments.events, arguments.seconds)):
+        table.add_row(name, value)
+    Console(width=110).print(table)
+    table = Table("figure", "value", title="batcher, against a simulated device")
+    figures = batcher_simulated.main(pace=0.5)
+    for name, value in _rows({key: value for key, value in figures.items() if key != "loads"}):
         table.add_row(name, value)
     Console(width=110).print(table)
 

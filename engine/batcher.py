@@ -240,7 +240,8 @@ class Batcher(Generic[T]):
             if line:
                 self._room[level].notify_all()
         if self._closed:
-            raise BatcherClosed("the batcher is closed" if self._failure is None else "the device failed") from self._failure
+            why = "it was closed" if self._failure is None else f"it ended with {type(self._failure).__name__}"
+            raise BatcherClosed(f"the batcher takes nothing more: {why}") from self._failure
         if not admitted:
             raise QueueFull(f"no room for {crops} crops within {timeout} s: {self._queue.crops} wait")
 
