@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -352,3 +353,26 @@ def test_without_the_packages_one_line_says_what_to_install(monkeypatch: pytest.
         create("tensorrt_rtx")
     with pytest.raises(BackendUnavailable, match="install the extra 'tensorrt'"):
         create("tensorrt")
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx", "openvino"])
+def test_needs_no_torch(name: str, tmp_path: Path) -> None:
+    """In a process where torch cannot be imported: loads and infers, or says in one line what is missing."""
+    random_bundle(tmp_path / "1")
+    code = f"""
+import subprocess
+import sys
+sys.modules["torch"] = None
+import numpy as np
+from engine.backends.base import BackendUnavailable
+from engine.detector import Detector
+try:
+    with Detector.open({str(tmp_path / "1")!r}, {name!r}) as detector:
+        print(detector.infer(np.zeros((2, 224, 224, 3), np.uint8)).shape)
+except BackendUnavailable as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+    assert "torch" not in done.stdout
+    assert "(2, 3)" in done.stdout or "does not run here" in done.stdout
