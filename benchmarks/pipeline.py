@@ -108,6 +108,7 @@ def _worker(module: str, broker: EmbeddedBroker, cache: EmbeddedCache, scratch: 
     environment |= {
         "WORKER_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap,
         "WORKER_KAFKA__CREATE_TOPICS": "true",
+        "WORKER_KAFKA__SESSION_TIMEOUT_MS": "6000",  # the embedded broker completes a join after half of it
         "WORKER_CACHE__URL": cache.url,
         "WORKER_HTTP__PORT": "0",
         "WORKER_LOG__LEVEL": "WARNING",

@@ -33,7 +33,12 @@ class WorkerProcess:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
         if bundle := os.environ.get("BLACKBOX_BUNDLE"):
             environment["WORKER_ENGINE__BUNDLE"] = bundle
-        environment |= {"WORKER_HTTP__PORT": str(self.port), "WORKER_KAFKA__CREATE_TOPICS": "true", **self._settings}
+        environment |= {
+            "WORKER_HTTP__PORT": str(self.port),
+            "WORKER_KAFKA__CREATE_TOPICS": "true",
+            "WORKER_KAFKA__SESSION_TIMEOUT_MS": "6000",
+            **self._settings,
+        }
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "worker", "run"], env=environment, stderr=log, stdout=log)
         deadline = time.monotonic() + ready_within_s
