@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import structlog
 
+from tests.conftest import KafkaCluster, unique_settings
 from worker import kafka_clients, probes
 from worker.__main__ import main
 from worker.clock import Deadline
@@ -252,12 +253,15 @@ def test_topics_are_judged(changes: dict[str, Any], level: str, word: str) -> No
 
 @pytest.mark.cluster
 def test_apache_kafka_tells_its_limits(
-    start_cluster: Callable[..., Callable[..., str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    kafka_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.conftest import unique_settings
+    with KafkaCluster(kafka_cluster, tmp_path / "kafka") as cluster:
+        cluster.run("start", "--nodes", "1")
+        _check_limits(cluster.run("env").splitlines()[-1], monkeypatch, capfd)
 
-    run = start_cluster("--nodes", "1")
-    settings = unique_settings(run("env").splitlines()[-1])
+
+def _check_limits(bootstrap: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = unique_settings(bootstrap)
     kafka_clients.ensure_topics(settings, Deadline(30))
     environment(monkeypatch, settings, "redis://127.0.0.1:1")
     monkeypatch.setenv("WORKER_CACHE__ENABLED", "false")

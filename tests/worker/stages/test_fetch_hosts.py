@@ -29,7 +29,9 @@ class ManualClock:
         self.now += seconds
 
 
-DEADLINE = Deadline(60)
+def soon() -> Deadline:
+    """A minute from now: made at each use, for this module may be imported long before it runs."""
+    return Deadline(60)
 
 
 def make_gate(clock: ManualClock | None = None, **changes: object) -> HostGate:
@@ -38,7 +40,7 @@ def make_gate(clock: ManualClock | None = None, **changes: object) -> HostGate:
 
 
 def visit(gate: HostGate, host: str = "a", error: Exception | None = None) -> None:
-    with gate.visit(host, host, DEADLINE):
+    with gate.visit(host, host, soon()):
         if error is not None:
             raise error
 
@@ -82,7 +84,7 @@ def test_one_probe_decides_whether_the_breaker_closes() -> None:
     for _ in range(3):
         fail(gate)
     clock.now += 10.1
-    with gate.visit("a", "a", DEADLINE):
+    with gate.visit("a", "a", soon()):
         assert not fail(gate).attempted  # one at a time while it is on trial
     assert fail(gate).attempted  # closed again
     for _ in range(2):
@@ -112,7 +114,7 @@ def test_a_place_is_waited_for_but_not_for_long() -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with gate.visit("a", "a", DEADLINE):
+        with gate.visit("a", "a", soon()):
             entered.set()
             leave.wait(5)
 
@@ -130,7 +132,7 @@ def test_a_place_is_waited_for_but_not_for_long() -> None:
 
 def test_being_turned_away_never_opens_the_breaker() -> None:
     gate = make_gate(limit=1, wait_s=0.0)
-    with gate.visit("a", "a", DEADLINE):
+    with gate.visit("a", "a", soon()):
         for _ in range(10):
             fail(gate)
     visit(gate)
@@ -142,7 +144,7 @@ def test_whoever_waits_at_a_host_that_dies_is_told_at_once() -> None:
     ended: list[tuple[float, bool]] = []
 
     def dies() -> None:
-        with contextlib.suppress(TransientItemError), gate.visit("a", "a", DEADLINE):
+        with contextlib.suppress(TransientItemError), gate.visit("a", "a", soon()):
             entered.set()
             time.sleep(0.2)
             raise TransientItemError(Code.FETCH_TIMEOUT, "dead")
@@ -164,7 +166,7 @@ def test_whoever_waits_at_a_host_that_dies_is_told_at_once() -> None:
 
 def test_memory_is_bounded_and_busy_hosts_are_kept() -> None:
     gate = make_gate(max_hosts=10, limit=1, wait_s=0.0)
-    with gate.visit("busy", "busy", DEADLINE):
+    with gate.visit("busy", "busy", soon()):
         for number in range(1_000):
             visit(gate, f"host{number}")
         assert len(gate._hosts) <= 10
@@ -180,7 +182,7 @@ def test_nobody_is_overtaken() -> None:
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             try:
-                with gate.visit("a", "a", DEADLINE):
+                with gate.visit("a", "a", soon()):
                     time.sleep(0.002)
             except TransientItemError as error:
                 turned_away.append(error)
@@ -201,7 +203,7 @@ def test_the_limit_holds_under_many_threads() -> None:
     def work() -> None:
         nonlocal active, most
         for _ in range(30):
-            with gate.visit("a", "a", DEADLINE):
+            with gate.visit("a", "a", soon()):
                 with lock:
                     active += 1
                     most = max(most, active)
