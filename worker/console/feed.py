@@ -26,6 +26,9 @@ POLL_MS = 50
 MAX_POLL_RECORDS = 2_000
 LOOK_FOR_PARTITIONS_S = 30.0
 RECONNECT_S = 2.0
+PROBE_S = 3.0
+"""After so long without a record the brokers are asked whether they are there: `poll` alone does not tell."""
+PROBE_TIMEOUT_MS = 2_000
 
 _NEEDED = ("verdict_id", "event_id", "tenant", "label", "action", "score", "uncertain", "reason", "cache")
 
@@ -59,6 +62,7 @@ class Feed:
         self._next: dict[TopicPartition, int] = {}
         self._goal: dict[TopicPartition, int | None] = {}  # where its end was when it was first fetched; None until then
         self._looked = 0.0
+        self._heard = 0.0
         self._connected = False
         self.failure: Exception | None = None
         """What ended the thread: a bug."""
@@ -102,19 +106,38 @@ class Feed:
         consumer = open_consumer(self._kafka, group=False, max_poll_records=MAX_POLL_RECORDS)
         try:
             self._assign(consumer)
-            self._connected = True
+            self._heard, self._connected = time.monotonic(), True
             while not self._stopping.is_set():
                 batches = consumer.poll(timeout_ms=POLL_MS)
                 for partition, records in batches.items():
                     for record in records:
                         self._take(record)
                     self._next[partition] = records[-1].offset + 1
+                if batches:
+                    self._heard, self._connected = time.monotonic(), True
+                elif time.monotonic() - self._heard > PROBE_S:
+                    self._connected = self._answers(consumer)
+                    self._heard = time.monotonic()
                 if self._goal:
                     self._note_progress(consumer)
                 if time.monotonic() - self._looked > LOOK_FOR_PARTITIONS_S:
                     self._assign(consumer)
         finally:
             consumer.close()
+
+    def _answers(self, consumer: KafkaConsumer) -> bool:
+        """Whether the leaders of our partitions are there; the client itself goes on trying to reach those that are not."""
+        from kafka.errors import KafkaError
+
+        try:
+            consumer.end_offsets(list(consumer.assignment()), timeout_ms=PROBE_TIMEOUT_MS)
+        except KafkaError as error:
+            if self._connected:
+                log.warning("console.broker_unreachable", error=describe(error))
+            return False
+        if not self._connected:
+            log.info("console.broker_back")
+        return True
 
     def _assign(self, consumer: KafkaConsumer) -> None:
         """Read every partition there is: where we were, or from some way back where one is new to us."""

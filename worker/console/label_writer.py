@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kafka import KafkaProducer
 
 SEND_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_MS = 4_000
+DELIVERY_TIMEOUT_MS = 8_000
+"""Unlike the worker's producer this one gives up: a decision must not appear long after its reviewer was told that it failed."""
 READ_BACK_TIMEOUT_S = 10.0
 
 
@@ -59,5 +62,7 @@ class LabelWriter:
     def _open(self) -> KafkaProducer:
         with self._lock:
             if self._producer is None:
-                self._producer = open_producer(self._settings, linger_ms=0)
+                self._producer = open_producer(
+                    self._settings, linger_ms=0, request_timeout_ms=REQUEST_TIMEOUT_MS, delivery_timeout_ms=DELIVERY_TIMEOUT_MS
+                )
             return self._producer

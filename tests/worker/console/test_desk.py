@@ -49,6 +49,7 @@ def test_a_flood_of_one_image_is_one_entry_decided_once_for_all() -> None:
     listing = queue.listing("ada", 10)
     assert listing["waiting"] == 1
     assert listing["entries"][0]["count"] == 500
+    assert listing["entries"][0]["first_seen"].startswith("1970-01-01T00:00:00"), "it waits since the first of them"
     details = queue.details(f"sha256:{sha(1)}")
     assert details is not None and len(details["event_ids"]) == 100
     queue.label(on(1, decision("ada")))

@@ -77,6 +77,18 @@ def test_rows_are_a_fair_sample_and_never_more_than_eyes_can_follow() -> None:
     assert all(10 <= picked[number] <= 70 for number in range(50))
 
 
+def test_a_second_is_counted_when_it_is_over() -> None:
+    clock = FakeClock()
+    page = live(clock)
+    chosen = page.subscribe(Filter())
+    page.add(row("now", clock.time() + 0.5))
+    assert page.summary(chosen)["verdicts"] == 0
+    clock.advance(1.0)
+    assert page.summary(chosen)["verdicts"] == 1
+    clock.advance(60.0)
+    assert page.summary(chosen)["verdicts"] == 0
+
+
 def test_old_verdicts_are_remembered_but_not_counted() -> None:
     clock = FakeClock()
     page = live(clock)

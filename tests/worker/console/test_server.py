@@ -14,8 +14,9 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from tests.conftest import unique_settings
 from tests.worker.console.stage import TOKENS, ConsoleProcess, Producer, label_records, picture, run_console, verdict
-from worker.embedded import free_port
+from worker.embedded import EmbeddedBroker, free_port
 from worker.settings import KafkaSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.broker]
@@ -268,6 +269,21 @@ def test_without_sign_in_only_this_machine_is_answered(
         assert opened.call("POST", "api/claim", {"entry": "x"})[0] == 403, "a CSRF token is needed here too"
 
 
+def test_a_proxy_names_who_asks(topics: KafkaSettings, producer: Producer, console_files: tuple[Path, Path, Path]) -> None:
+    bundle, policy, folder = console_files
+    named = {"X-Forwarded-User": "grace", "X-Forwarded-Groups": "staff,code-reviewers"}
+    found = producer.judged(seed=41, score=0.5)
+    with ConsoleProcess(topics, bundle, policy, folder / "proxied.log", CONSOLE__AUTH="header") as proxied:
+        assert proxied.call("GET", "api/me")[1]["signed_in"] is False
+        status, me = proxied.call("GET", "api/me", headers=named)
+        assert (me["name"], me["role"]) == ("grace", "reviewer")
+        body = {"entry": key_of(found)}
+        assert proxied.call("POST", "api/claim", body, headers=named)[0] == 403, "the proxy alone is no proof of intent"
+        status, answer = proxied.call("POST", "api/claim", body, headers={**named, "X-CSRF-Token": me["csrf"]})
+        assert status == 200 and answer["claimed"]
+        assert proxied.call("POST", "api/session", {"token": TOKENS["ada"]})[0] == 404
+
+
 def test_wrong_settings_end_it_with_one_line() -> None:
     for settings, code, words in (
         ({}, 2, "WORKER_CONSOLE__TOKENS: required"),
@@ -286,3 +302,30 @@ def test_wrong_settings_end_it_with_one_line() -> None:
         assert done.returncode == code, done.stderr
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_broker_that_goes_away_is_told_and_waited_for(
+    browser: Any, tmp_path: Path, console_files: tuple[Path, Path, Path]
+) -> None:
+    bundle, policy, _ = console_files
+    with EmbeddedBroker() as broker:
+        own = unique_settings(broker.bootstrap)
+        Producer(own).close()
+        with ConsoleProcess(own, bundle, policy, tmp_path / "log", CONSOLE__AUTH="none") as console:
+            page = browser.new_page()
+            page.goto(console.url)
+            page.wait_for_selector("#sample")
+            broker.kill()
+            page.wait_for_selector("#connection:has-text('The broker does not answer')", timeout=20_000)
+            assert console.call("GET", "readyz")[0] == 503
+            assert console.call("GET", "livez")[0] == 200
+            broker.restart()  # empty: the embedded broker keeps nothing
+            producer = Producer(own)
+            deadline = time.monotonic() + 20
+            while page.locator("text=after-the-break").count() == 0:
+                assert time.monotonic() < deadline
+                producer.publish(verdict("after-the-break", 0.1))
+                page.wait_for_timeout(500)
+            page.wait_for_selector("#connection", state="hidden", timeout=10_000)
+            producer.close()
+            page.close()

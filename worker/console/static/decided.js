@@ -36,6 +36,7 @@ export function open(main, { connected }) {
       return;
     }
     if (!alive) return;
+    connected(true);
     nothing.textContent = found.length ? "" : "Nothing was decided yet, or nothing fits.";
     fill(rows, found.map((row) => h("tr", {},
       h("td", { class: "optional" }, when(row.decision.at)),

@@ -7,11 +7,11 @@ import { ACTIONS, LABELS, badge, count, fill, h, keys, milliseconds, say, score,
 const KEPT_ROWS = 60;
 
 export function open(main, { connected }) {
-  let filter = {}, stream = null, paused = false, waiting = [], shownNote = "";
+  let filter = {}, stream = null, paused = false, waiting = [];
   const tile = (name) => ({ value: h("b", {}, "–"), note: h("span", { class: "quiet" }, ""), name });
   const tiles = { rate: tile("verdicts a second"), generated: tile("AI-generated"), failed: tile("failures"), hits: tile("cache hits"), lag: tile("lag") };
   const spark = h("div", { class: "sparkbox" });
-  const panel = (title, wide) => ({ title, body: h("div", {}), wide });
+  const panel = (title) => ({ title, body: h("div", {}) });
   const panels = {
     outcomes: panel("By label and action"), latency: panel("Latency by stage"),
     batches: panel("Batch sizes"), failures: panel("Failures by code"),
@@ -56,8 +56,7 @@ export function open(main, { connected }) {
     if (paused) waiting = [...waiting, ...fresh].slice(-KEPT_ROWS);
     else add(fresh);
     const [shown, all] = seenRecently.reduce(([a, b], [c, d]) => [a + c, b + d], [0, 0]);
-    shownNote = all > shown ? `showing 1 in ${Math.max(2, Math.round(all / shown))} of the rows, at random; every verdict is counted above` : "showing every verdict";
-    sample.textContent = shownNote;
+    sample.textContent = all > shown ? `showing 1 in ${Math.max(2, Math.round(all / shown))} of the rows, at random; every verdict is counted above` : "showing every verdict";
   }
 
   function onSummary(s) {

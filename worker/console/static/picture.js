@@ -1,6 +1,6 @@
 // A picture, blurred until somebody wants to see it, with a heat map of local evidence over it.
 
-import { fill, h, say } from "./dom.js";
+import { h, say } from "./dom.js";
 
 const CELLS = 96;
 

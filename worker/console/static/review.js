@@ -175,7 +175,6 @@ export function open(main, { person, connected }, wanted) {
       keys: { ...Object.fromEntries(choices.map((each) => [each.key, each.run])), s: skipIt, ...Object.fromEntries(reasons.map((_, i) => [String(i + 1), () => pick(i)])) },
       holder: setHolder, refuse,
       get mine() { return state.mine; },
-      set mine(value) { state.mine = value; },
     };
   }
 
