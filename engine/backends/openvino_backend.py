@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,8 +106,8 @@ class OpenVINOBackend(CheckedBackend):
         self._chunks.run(full, out)
         self._singles.run(full[:1], out[:1])
         self._heads.run(out, np.empty((len(out), len(HEADS)), np.float32))
-        round_s = median(_seconds(lambda: self._chunks.run(full, out)) for _ in range(3))
-        single_s = median(_seconds(lambda: self._singles.run(full[:1], out[:1])) for _ in range(3))
+        round_s = min(_seconds(lambda: self._chunks.run(full, out)) for _ in range(3))
+        single_s = min(_seconds(lambda: self._singles.run(full[:1], out[:1])) for _ in range(3))
         self.singles_at_most = min(int(round_s / single_s), len(full) - 1)
 
     def _infer(self, crops: NDArray[np.uint8]) -> Outputs:

@@ -107,10 +107,10 @@ def test_many_batch_sizes_do_not_grow_memory(tmp_path: Path) -> None:
 
     backend = OpenVINOBackend()
     backend.load(random_bundle(tmp_path / "1"))
-    crops = random_crops(24)
+    crops = random_crops(18)
     backend.infer(crops)
     before_bytes = psutil.Process().memory_info().rss
-    for count in range(1, 25, 2):
+    for count in (1, 2, 3, 5, 7, 11, 14, 17):
         backend.infer(crops[:count])
     assert psutil.Process().memory_info().rss - before_bytes < 16 * 2**20
 
