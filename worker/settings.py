@@ -203,7 +203,7 @@ class ConsoleSettings(_Group):
     )
     session_s: int = Field(12 * 3600, ge=60, description="how long a sign-in lasts")
     image_link_s: int = Field(300, ge=10, description="how long a link to an image is good for")
-    claim_s: int = Field(180, ge=10, description="how long an item stays with the reviewer who took it")
+    claim_s: int = Field(180, ge=10, le=86_400, description="how long an item stays with the reviewer who took it")
     rows_per_s: int = Field(20, ge=1, le=100, description="verdicts a second shown in a live view; more are sampled")
     history_s: int = Field(7 * 86_400, ge=60, description="how far back the topics are read at start")
     history_records: int = Field(200_000, ge=100, description="records of a topic that are read at start at most")

@@ -30,7 +30,14 @@ PROBE_S = 3.0
 """After so long without a record the brokers are asked whether they are there: `poll` alone does not tell."""
 PROBE_TIMEOUT_MS = 2_000
 
-_NEEDED = ("verdict_id", "event_id", "tenant", "label", "action", "score", "uncertain", "reason", "cache")
+_LARGEST = 1e15
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("verdict_id", "event_id", "tenant", "label", "action", "cache", "processed_at"), str),
+    **dict.fromkeys(("image", "timings_ms", "model", "policy", "evidence", "source"), dict),
+    "score": int | float | None,
+    "reason": str | None,
+    "uncertain": bool,
+}
 
 
 class Feed:
@@ -183,24 +190,35 @@ class Feed:
             if label is not None:
                 self._on_label(label)
             return
-        verdict = _verdict(record.value)
+        verdict = read_verdict(record.value)
         if verdict is not None:
             now = self._clock.time()
             at = record.timestamp / 1000 if record.timestamp and record.timestamp > 0 else now
             self._on_verdict(verdict, min(at, now))
 
 
-def _verdict(value: bytes | None) -> dict[str, Any] | None:
-    """A verdict with every field that is needed here; None for anything else on the topic."""
+def read_verdict(value: bytes | None) -> dict[str, Any] | None:
+    """A verdict, with every field that is needed here of its right type; None for anything else on the topic.
+
+    Not by `contracts.Verdict`: a later worker may add fields, and labels of a later version must not stop this console.
+    """
     try:
         found = json.loads(value or b"")
     except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not str(found.get("specversion", "")).startswith("code-verdict/"):
         return None
-    if any(name not in found for name in _NEEDED):
+    if not all(isinstance(found.get(name), kinds) for name, kinds in _FIELDS.items()):
         return None
-    objects = ("image", "timings_ms", "model", "policy", "evidence", "source")
-    if not all(isinstance(found.get(name), dict) for name in objects) or "sha256" not in found["image"]:
+    numbers = [found["score"], *found["timings_ms"].values()]
+    if not all(number is None or _is_number(number) for number in numbers):
         return None
-    return found
+    evidence, sha256 = found["evidence"], found["image"].get("sha256", ...)
+    shaped = isinstance(evidence.get("heads"), dict) and isinstance(evidence.get("provenance"), dict)
+    if not shaped or not isinstance(evidence.get("crops"), list) or not isinstance(sha256, str | None):
+        return None
+    return found if found["score"] is None or 0 <= found["score"] <= 1 else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST

@@ -22,6 +22,7 @@ from worker.contracts.verdict import rfc3339
 
 SPECVERSION = "code-label/1"
 MAX_NOTE_CHARS = 2_000
+MAX_CLAIM_S = 86_400
 REASONS = {
     "artefacts": "Visible traces of generation",
     "provenance": "Provenance or metadata",
@@ -73,13 +74,15 @@ def read(value: bytes | None) -> LabelRecord | None:
         if not all(isinstance(text, str) and text for text in texts):
             return None
         at = datetime.fromisoformat(found["at"]).timestamp()
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     known = ("specversion", "type", "record_id", "entry", "by", "at")
     content = {name: value for name, value in found.items() if name not in known}
     if found["type"] == "decision" and content.get("label") not in ("ai_generated", "authentic"):
         return None
-    if found["type"] == "claim" and not isinstance(content.get("seconds"), int | float):
+    if found["type"] == "claim" and not (
+        isinstance(seconds := content.get("seconds"), int | float) and 0 < seconds <= MAX_CLAIM_S
+    ):
         return None
     return LabelRecord(found["type"], texts[0], texts[1], at, texts[2], content)
 

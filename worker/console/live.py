@@ -182,6 +182,7 @@ class Live:
         self._window = Window()
         self._recent: deque[Row] = deque(maxlen=RECENT_ROWS)
         self._subscriptions: set[Subscription] = set()
+        self._summed: tuple[int, dict[str, Any]] = (0, {})  # the shared window's, of this second
         self._tenants: dict[str, None] = {}
 
     @property
@@ -228,8 +229,13 @@ class Live:
 
     def summary(self, subscription: Subscription) -> dict[str, Any]:
         """The minute as this page sees it."""
+        now = self._clock.time()
         with self._lock:
-            return subscription.window.summary(self._clock.time()) | {"tenants": list(self._tenants)}
+            if subscription.window is not self._window:
+                return subscription.window.summary(now) | {"tenants": list(self._tenants)}
+            if self._summed[0] != int(now):
+                self._summed = (int(now), self._window.summary(now) | {"tenants": list(self._tenants)})
+            return self._summed[1]
 
 
 def row_of(verdict: dict[str, Any], at: float) -> Row:

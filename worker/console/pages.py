@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from worker.console.server import Console
 
 TICKS_PER_S = 4
-MAX_STREAMS = 200
+MAX_STREAMS = 64
+"""Open live views and queues: each filter is asked about each verdict."""
 MAX_JSON_BYTES = 16 * 1024
 REFUSAL_DELAY_S = 0.5
 """Before a wrong token is told so: guessing gets nowhere."""

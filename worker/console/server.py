@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
@@ -39,6 +41,7 @@ log = structlog.get_logger(__name__)
 
 STOP_S = 3
 BACKLOG = 128
+WAITING_THREADS = 32
 
 
 class Console:
@@ -100,6 +103,8 @@ def application(console: Console) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # The default pool has few threads on few cores; here threads wait (for brokers, stores, the engine), they do not work.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WAITING_THREADS, "console-page"))
         yield
         console.stopping = True
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.worker.console.stage import ConsoleProcess, Producer, label_records, picture, verdict
+from tests.worker.console.test_server import claim, decide, wait_for
 from worker.settings import KafkaSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.broker]
@@ -141,6 +142,25 @@ def test_why_shows_picture_heat_map_heads_neighbours_and_rule(open_page: OpenPag
     assert "nearest neighbours" in text
     assert "fake-" in text or "real-" in text
     assert "9.8 ms" in text
+
+
+def test_an_appeal_on_the_page_brings_the_image_back(open_page: OpenPage, producer: Producer, console: ConsoleProcess) -> None:
+    found = producer.judged(seed=16, score=0.57)
+    wait_for(console, found)
+    assert claim(console, "ada", found)
+    assert decide(console, "ada", found, "confirm", "ai_generated")[0] == 200
+    page = open_page("grace", f"why/{found['event_id']}")
+    page.fill("#appeal-note", "the author showed me the layers")
+    page.click("button:has-text('Appeal')")
+    page.wait_for_selector(".history >> text=grace appealed")
+    page.goto(f"{console.url}/#/review")
+    page.wait_for_selector(f"button[data-entry='sha256:{found['image']['sha256']}'] >> text=appealed")
+    take(page, found)
+    page.keyboard.press("3")
+    page.keyboard.press("o")
+    page.wait_for_selector(f"button[data-entry='sha256:{found['image']['sha256']}']", state="detached")
+    page.goto(f"{console.url}/#/decided")
+    page.wait_for_selector(f"tr:has-text('{found['event_id']}') >> text=reversed")
 
 
 def test_try_is_marked_as_a_trial_and_publishes_nothing(

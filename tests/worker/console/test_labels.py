@@ -111,6 +111,12 @@ def test_a_damaged_record_is_passed_over(change: dict[str, object]) -> None:
     assert read(json.dumps({**json.loads(decision("ada").to_json()), **change}).encode()) is None
 
 
+@pytest.mark.parametrize("seconds", [0, -1, "60", None, 10**400, float("inf"), float("nan")])
+def test_a_claim_of_no_sensible_length_is_passed_over(seconds: object) -> None:
+    assert read(claim("ada", 0.0).to_json()) is not None
+    assert read(LabelRecord("claim", "e", "ada", 0.0, content={"seconds": seconds}).to_json()) is None
+
+
 def test_an_entry_is_the_image_or_the_event() -> None:
     assert entry_of(verdict("one", 0.5, "ab" * 32)) == entry_of(verdict("two", 0.6, "ab" * 32))
     assert entry_of(verdict("one", None, reason="fetch.not_found")) == "event:one"
