@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _version(five)
     five.add_argument("--models", type=Path, required=True, help="folder of the model's versions, with CURRENT")
     five.add_argument("--max-fpr", type=float, default=None, help="largest FPR on unseen sources at the threshold for 1%%")
+    five.add_argument("--note", action="append", default=[], help="a sentence for card and TRAINING.md; may be given again")
     five.set_defaults(run=_promote)
 
     six = commands.add_parser("pack", help="write shards in D3's layout from a folder with a manifest")
@@ -269,7 +270,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _promote(args: argparse.Namespace) -> int:
     from train import promote, stages
 
-    facts = stages.read_facts(args.out)
+    stages.read_facts(args.out)
+    facts = stages.write_facts(args.out, notes=args.note)
     commands = [str(facts["pretrain_command"])]
     for command, needs in (("probe", ""), ("calibrate", " --data $CORPUS"), ("evaluate", " --data $CORPUS")):
         given = facts.get(f"{command}_arguments", "")

@@ -124,6 +124,7 @@ def _training(facts: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += [f"- {name}: {value}" for name, value in facts["summary"].items()]
+    lines += [f"- note: {note}" for note in facts["notes"]]
     lines += ["", "How to repeat it: TRAINING.md beside the version's folder.", ""]
     lines += [
         "## Limits",
@@ -154,6 +155,7 @@ def training_page(name: str, version: str, facts: dict[str, Any], commands: list
         f"list SHA-256 {facts['data']['sha256']}",
         f"- recipe SHA-256: {facts['recipe_sha256']}",
         f"- encoder.safetensors SHA-256: {facts['encoder_sha256']}",
+        *(f"- note: {note}" for note in facts["notes"]),
         "",
         "Batches depend on the seed and the step alone, so a run that is stopped and resumed ends with the same weights on the "
         "same machine and versions; another processor rounds bf16 sums differently.",

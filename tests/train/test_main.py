@@ -72,13 +72,13 @@ def test_from_data_to_a_published_bundle(evaluated: Path) -> None:
         parts["unseen_sources"]["heads"]["linear"]["auroc"]["low"] = 0.51
         parts["unseen_sources"]["heads"]["linear"]["at"]["fpr_0.01"]["fpr"] = 0.0
     (trained / "run" / "report.json").write_text(json.dumps(report))
-    assert main(["promote", "--out", out, "--version", "1", "--models", models]) == 0
+    assert main(["promote", "--out", out, "--version", "1", "--models", models, "--note", "A made-up run."]) == 0
     published = bundle.load(models)
     assert published.manifest.name == "made-up" and published.path.name == "1"
     assert published.manifest.metrics["report"] == report
     assert published.manifest.reference is not None and published.manifest.reference.images == 16
     card = (published.path / "MODEL_CARD.md").read_text()
-    assert "fake-elsewhere" in card and "CC0" in card and str(trained) not in card
+    assert "A made-up run." in card and "fake-elsewhere" in card and "CC0" in card and str(trained) not in card
     page = (trained / "models" / "TRAINING.md").read_text()
     assert "train pretrain --data $CORPUS" in page and "3 of 3, 96 views" in page and str(trained) not in page
     with Detector.open(models, backend="torch", threads=1) as detector:
