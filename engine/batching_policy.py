@@ -40,7 +40,7 @@ class BatchConfig:
     preferred_batch_size: tuple[int, ...] = ()
     """Sizes that leave at once; empty: a quarter, a half and the whole of `max_batch_size`."""
     max_queue_delay_microseconds: int = 5_000
-    max_queue_size: int = 4_096
+    max_queue_size: int = 1_024
     """Crops that may wait at each priority level."""
     priority_levels: int = 2
     """0 is the most urgent; larger priorities count as the last level."""
