@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,14 @@ class ConsoleProcess(Child):
                 return bool(answer.status == 200)
         except urllib.error.HTTPError:
             return False
+
+    def end(self, number: signal.Signals) -> tuple[int | None, float]:
+        """Send a signal; exit code, and the seconds it took."""
+        started = time.monotonic()
+        self._signal(number)
+        assert self._keeper is not None
+        self._keeper.join(20.0)
+        return self._returncode(), time.monotonic() - started
 
     def call(
         self, method: str, path: str, content: Any = None, person: str | None = None, headers: dict[str, str] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -282,6 +283,20 @@ def test_a_proxy_names_who_asks(topics: KafkaSettings, producer: Producer, conso
         status, answer = proxied.call("POST", "api/claim", body, headers={**named, "X-CSRF-Token": me["csrf"]})
         assert status == 200 and answer["claimed"]
         assert proxied.call("POST", "api/session", {"token": TOKENS["ada"]})[0] == 404
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly_with_a_page_open(
+    topics: KafkaSettings, producer: Producer, console_files: tuple[Path, Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    bundle, policy, _ = console_files
+    with ConsoleProcess(topics, bundle, policy, tmp_path / "log", CONSOLE__AUTH="none") as ending:
+        with urllib.request.urlopen(f"{ending.url}/api/live", timeout=10) as page:
+            page.readline()
+            code, seconds = ending.end(number)
+        assert code == 0
+        assert seconds < 10
+        assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_wrong_settings_end_it_with_one_line() -> None:
