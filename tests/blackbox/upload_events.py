@@ -21,7 +21,7 @@ from confluent_kafka import Producer
 from PIL import Image
 
 CODECS = ("gzip", "snappy", "lz4", "zstd")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "JPEG", "PNG", "JPEG", "WEBP", "JPEG", "PNG", "GIF", "JPEG", "BMP", "TIFF", "AVIF", "JPEG")
 MAX_IMAGE_BYTES = 900_000
 
 
@@ -38,37 +38,46 @@ class Plan:
 
 
 class Images:
-    """A few hundred small drawings; `pick` makes most of them unique by changing one pixel."""
+    """Small drawings in all formats; `pick` gives most JPEGs and PNGs bytes of their own, so that the cache does not know them."""
 
     def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._base = []
-        for index in range(24):
-            side = int(self._rng.integers(120, 520))
-            noise = self._rng.integers(0, 255, (side // 8, side // 8, 3), dtype=np.uint8)
+        rng = np.random.default_rng(seed)
+        self._base: list[tuple[bytes, str]] = []
+        for index in range(56):
+            side = int(rng.integers(120, 520))
+            noise = rng.integers(0, 255, (side // 8, side // 8, 3), dtype=np.uint8)
             picture = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
-            self._base.append((picture, FORMATS[index % len(FORMATS)]))
+            form = FORMATS[index % len(FORMATS)]
+            out = io.BytesIO()
+            picture.save(out, form, **({"speed": 10} if form == "AVIF" else {}))
+            self._base.append((out.getvalue(), form))
 
     def pick(self, random_: random.Random) -> tuple[bytes, str]:
-        picture, form = random_.choice(self._base)
-        if random_.random() < 0.8:
-            picture = picture.copy()
-            picture.putpixel((random_.randrange(100), random_.randrange(100)), tuple(random_.randrange(256) for _ in range(3)))
-            for _ in range(8):
-                picture.putpixel((random_.randrange(100), random_.randrange(100)), (random_.randrange(256), 0, 0))
-        out = io.BytesIO()
-        picture.save(out, form, **({"speed": 10} if form == "AVIF" else {}))
-        return out.getvalue(), f"image/{form.lower()}"
+        data, form = random_.choice(self._base)
+        note = str(random_.getrandbits(64)).encode()
+        if random_.random() < 0.9:
+            if form == "JPEG":
+                data = data[:2] + b"\xff\xfe" + struct.pack(">H", len(note) + 2) + note + data[2:]
+            elif form == "PNG":
+                data = data[:33] + png_chunk(b"tEXt", b"Comment\0" + note) + data[33:]
+        return data, f"image/{form.lower()}"
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """One chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png_claiming(width: int, height: int) -> bytes:
     """A tiny PNG whose header claims a huge picture."""
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def make(count: int, base_url: str, root: Path, seed: int, broken_share: float = 0.05) -> Iterator[Plan]:
