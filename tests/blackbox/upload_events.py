@@ -38,7 +38,7 @@ class Plan:
 
 
 class Images:
-    """Small drawings in all formats; `pick` gives most JPEGs and PNGs bytes of their own, so that the cache does not know them."""
+    """Small drawings in all formats; `pick` gives most JPEGs and PNGs bytes of their own, unknown to the cache."""
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)

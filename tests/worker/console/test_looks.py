@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import axe_playwright_python
 import PIL.Image
 import pytest
 
@@ -21,7 +22,7 @@ from worker.metrics import Metrics
 pytestmark = [pytest.mark.slow, pytest.mark.broker]
 OpenPage = Callable[..., Any]
 
-AXE = Path(__file__).parent / "vendor" / "axe.min.js"
+AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 VIEWS = ("live", "review", "why", "decided", "try", "sign-in")
 LOOKS = (
     ("desktop-light", 1280, 860, "light"),
