@@ -16,6 +16,8 @@ export function outcome(verdict, rule, problem) {
     rule ? h("p", {}, rule.because) : h("p", { class: "quiet" }, problem ? `The rule cannot be shown: ${problem}.` : ""),
     rule ? h("p", { class: "quiet" }, `Policy ${verdict.policy.name} ${verdict.policy.version}, rule of tenant ${rule.rule_of}`,
       written(rule), rule.same_policy ? "" : `. This console knows version ${rule.policy.version}: the numbers may have been others.`) : null,
+    rule && !rule.same_model ? h("p", { class: "quiet" }, "This console has another model than the one that made this verdict: " +
+      "heat map and neighbours are its own.") : null,
     rule || !verdict.reason ? null : h("p", {}, "No score: ", h("code", {}, verdict.reason)));
 }
 
