@@ -45,8 +45,12 @@ class ImageHost:
             def log_message(self, format: str, *args: object) -> None:
                 return
 
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: object, client_address: object) -> None:
+                """Clients hang up on a host that is slow: no traceback."""
+
         self.hits = hits
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.blackbox import upload_events
 from tests.blackbox.image_host import ImageHost
-from tests.blackbox.worker_process import Topic, WorkerProcess, uncommitted, verdicts_by_event
+from tests.blackbox.worker_process import MemoryLog, Topic, WorkerProcess, uncommitted, verdicts_by_event
 from worker.embedded import EmbeddedBroker, EmbeddedCache
 
 pytestmark = [pytest.mark.slow, pytest.mark.broker]
@@ -69,21 +69,19 @@ def test_every_event_has_its_verdict_or_dead_letter(
     root.mkdir()
     plans = list(upload_events.make(EVENTS, host.url, root, SEED, broken_share=0.15 if EVENTS < 1000 else 0.05))
     settings = _settings(broker, cache, "path", root)
-    resident: list[tuple[int, int]] = []
-    with WorkerProcess(tmp_path / "worker.log", **settings) as worker:
+    with WorkerProcess(tmp_path / "worker.log", **settings) as worker, MemoryLog(worker) as memory:
         upload_events.produce(plans, broker.bootstrap, "path.uploads")
         verdicts = Topic(broker.bootstrap, "path.verdicts")
         expected = {plan.event_id for plan in plans if plan.event_id is not None}
         deadline = time.monotonic() + max(120, EVENTS / 8)
         while len(found := verdicts_by_event(verdicts)) < len(expected):
-            resident.append((len(found), worker.rss_bytes()))
             assert time.monotonic() < deadline, f"{len(found)} of {len(expected)}\n{worker.log()}"
             assert worker.process is not None
             assert worker.process.poll() is None, worker.log()
             time.sleep(0.5)
         time.sleep(1)
         metrics = worker.metrics()
-        resident.append((len(found), worker.rss_bytes()))
+        memory.sample()
         assert worker.stop(signal.SIGTERM) == 0, worker.log()
     found = verdicts_by_event(verdicts)
 
@@ -98,11 +96,15 @@ def test_every_event_has_its_verdict_or_dead_letter(
     assert uncommitted(broker.bootstrap, "path", "path.retry") == 0
     assert sum(value for name, value in metrics.items() if name.startswith("code_worker_verdicts_total")) >= len(expected)
     assert metrics['code_worker_cache_requests_total{result="hit"}'] > 0
-    print(f"\nresident MiB by verdicts: {[(count, size >> 20) for count, size in resident[:: max(1, len(resident) // 20)]]}")
-    assert max(size for _count, size in resident) < 2 * 2**30
+    _check_memory(memory.samples)
+
+
+def _check_memory(samples: list[tuple[int, int]]) -> None:
+    print(f"\nresident MiB by verdicts: {[(count, size >> 20) for count, size in samples[:: max(1, len(samples) // 25)]]}")
+    assert max(size for _count, size in samples) < 2 * 2**30
     if EVENTS >= 20_000:
-        early = [size for count, size in resident if 4_500 <= count <= 5_500]
-        assert resident[-1][1] <= 1.05 * max(early), (resident[-1], max(early))
+        early = [size for count, size in samples if 4_500 <= count <= 6_000]
+        assert samples[-1][1] <= 1.05 * max(early), (samples[-1], max(early))
 
 
 def _check_dead_letters(plans: list[upload_events.Plan], topic: Topic) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import defaultdict
@@ -88,6 +90,33 @@ class WorkerProcess:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+class MemoryLog:
+    """Samples, every half second, how many verdicts a worker has published and how many bytes it and its children hold."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self.samples: list[tuple[int, int]] = []
+        self._worker = worker
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def sample(self) -> None:
+        counted = sum(value for name, value in self._worker.metrics().items() if name.startswith("code_worker_verdicts_total"))
+        self.samples.append((int(counted), self._worker.rss_bytes()))
+
+    def _run(self) -> None:
+        while not self._done.wait(0.5):
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):  # it is ending
+                self.sample()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
 
 
 class Topic:
