@@ -28,7 +28,7 @@ def plot(found: list[dict[str, Any]], device: dict[str, float], path: Path) -> N
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    left.set_ylabel("milliseconds in the batcher and on the device")
+    left.set_ylabel("submit to scores, ms")
     right.set_ylabel("crops in a batch")
     figure.suptitle(f"a batch of n takes {device['a']:g} + {device['b']:g} n ms; 32 at most, 5 ms delay", fontsize=10)
     figure.savefig(path, metadata={"Date": None})
