@@ -1,4 +1,4 @@
-# Serving on CPUs: OpenVINO, no torch.   docker build -f deploy/docker/cpu.Dockerfile -t code-worker-cpu:0.1.0 .
+# Serving on CPUs, and the console: OpenVINO, no torch.   docker build -f deploy/docker/cpu.Dockerfile -t code-worker-cpu:0.1.0 .
 # The base is pinned by tag; whoever builds for production pins its digest: --build-arg PYTHON=python:3.11.13-slim-bookworm@sha256:…
 ARG PYTHON=python:3.11.13-slim-bookworm
 
@@ -11,7 +11,7 @@ COPY engine engine
 COPY models models
 COPY train train
 COPY worker worker
-RUN /opt/venv/bin/python -m pip install --constraint constraints.txt '.[openvino]'
+RUN /opt/venv/bin/python -m pip install --constraint constraints.txt '.[openvino,console]'
 
 FROM ${PYTHON}
 RUN groupadd --gid 10001 worker && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin worker

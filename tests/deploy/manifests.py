@@ -93,7 +93,7 @@ def pods() -> Iterator[tuple[str, Resource]]:
 
 def worker(name: str) -> Resource:
     """The worker's container."""
-    containers = one(name, "Deployment")["spec"]["template"]["spec"]["containers"]
+    containers = one(name, "Deployment", "code-worker")["spec"]["template"]["spec"]["containers"]
     assert [container["name"] for container in containers] == ["worker"]
     return containers[0]  # type: ignore[no-any-return]
 

@@ -37,6 +37,7 @@ from tests.deploy.manifests import (
 from train import __main__ as train_command
 from worker import settings as settings_module
 from worker.app import JOIN_TIMEOUT_S, LEAVE_TIMEOUT_S
+from worker.console import pages as console_pages
 from worker.health import Health
 from worker.settings import Settings
 from worker.stages import policy_file
@@ -105,7 +106,7 @@ def test_only_the_known_custom_kinds_are_left_to_their_own_checks() -> None:
 
 
 def test_a_misspelt_field_would_be_found() -> None:
-    deployment = one("overlays/dev", "Deployment")
+    deployment = one("overlays/dev", "Deployment", "code-worker")
     broken = yaml.safe_load(yaml.safe_dump(deployment))
     broken["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -152,7 +153,7 @@ def test_every_setting_is_one_and_the_worker_would_start_with_them(overlay: str,
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_pod_outlives_the_drain_and_the_group_outwaits_it(overlay: str, settings_of: Read) -> None:
     settings = settings_of(overlay)
-    grace = one(f"overlays/{overlay}", "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    grace = one(f"overlays/{overlay}", "Deployment", "code-worker")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert settings.shutdown.drain_s + LEAVE_TIMEOUT_S + 2 * JOIN_TIMEOUT_S <= grace
     assert settings.shutdown.drain_s * 1000 < settings.kafka.max_poll_interval_ms
 
@@ -186,7 +187,7 @@ def test_the_policy_is_one_the_worker_reads(overlay: str, settings_of: Read) -> 
     name = f"overlays/{overlay}"
     settings = settings_of(overlay)
     policy = one(name, "ConfigMap", "code-worker-policy")
-    spec = one(name, "Deployment")["spec"]["template"]["spec"]
+    spec = one(name, "Deployment", "code-worker")["spec"]["template"]["spec"]
     volume = next(v["name"] for v in spec["volumes"] if v.get("configMap", {}).get("name") == policy["metadata"]["name"])
     mount = next(m["mountPath"] for m in worker(name)["volumeMounts"] if m["name"] == volume)
     assert str(settings.policy.file) == f"{mount}/policy.toml"
@@ -221,7 +222,7 @@ def test_the_start_may_take_as_long_as_the_worker_itself_allows(overlay: str) ->
     probe = worker(f"overlays/{overlay}")["startupProbe"]
     allowed = Health.__init__.__kwdefaults__["starting_s"]
     assert probe["periodSeconds"] * probe["failureThreshold"] > allowed
-    assert one(f"overlays/{overlay}", "Deployment")["spec"]["progressDeadlineSeconds"] > allowed
+    assert one(f"overlays/{overlay}", "Deployment", "code-worker")["spec"]["progressDeadlineSeconds"] > allowed
 
 
 # -- safety --------------------------------------------------------------------------------------------------------------
@@ -271,8 +272,8 @@ def test_no_manifest_holds_a_secret(name: str) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_network_policy_covers_the_pods_and_names_what_they_need(overlay: str) -> None:
     name = f"overlays/{overlay}"
-    policy = one(name, "NetworkPolicy")["spec"]
-    labels = one(name, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    policy = one(name, "NetworkPolicy", "code-worker")["spec"]
+    labels = one(name, "Deployment", "code-worker")["spec"]["template"]["metadata"]["labels"]
     assert policy["podSelector"]["matchLabels"].items() <= labels.items()
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     ports = {(port["port"], port.get("endPort", port["port"])) for rule in policy["egress"] for port in rule["ports"]}
@@ -285,7 +286,7 @@ def test_the_network_policy_covers_the_pods_and_names_what_they_need(overlay: st
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_selectors_choose_the_overlays_own_pods(overlay: str) -> None:
     name = f"overlays/{overlay}"
-    deployment = one(name, "Deployment")["spec"]
+    deployment = one(name, "Deployment", "code-worker")["spec"]
     labels = deployment["template"]["metadata"]["labels"]
     assert labels["app.kubernetes.io/instance"] == overlay
     for selector in (deployment["selector"], one(name, "PodDisruptionBudget")["spec"]["selector"]):
@@ -308,7 +309,7 @@ def test_the_scaler_watches_what_the_workers_read(settings_of: Read) -> None:
     assert set(scaled) == {
         "scaleTargetRef", "pollingInterval", "minReplicaCount", "maxReplicaCount", "fallback", "advanced", "triggers",
     }  # fmt: skip
-    deployment = one("overlays/production", "Deployment")
+    deployment = one("overlays/production", "Deployment", "code-worker")
     assert scaled["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
     assert "replicas" not in deployment["spec"], "kubectl apply would undo the scaler"
     (trigger,) = scaled["triggers"]
@@ -356,8 +357,9 @@ def test_topics_hold_the_largest_record_and_survive_a_broker(settings_of: Read) 
 
 @pytest.mark.parametrize("name", ["overlays/production", "overlays/canary", "jobs/build-plans"])
 def test_gpu_pods_ask_for_the_same_gpus(name: str) -> None:
-    reference = one("overlays/production", "Deployment")["spec"]["template"]["spec"]
-    (workload,) = workloads(name)
+    reference = one("overlays/production", "Deployment", "code-worker")["spec"]["template"]["spec"]
+    gpu = [spec for spec in workloads(name) if "nvidia.com/gpu" in spec["containers"][0]["resources"]["limits"]]
+    (workload,) = gpu
     assert workload["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert workload["tolerations"] == reference["tolerations"]
     assert workload["affinity"] == reference["affinity"], "a plan that is built for one product fits no other"
@@ -398,7 +400,7 @@ def test_the_image_of_a_backend_is_the_one_that_has_it(settings_of: Read) -> Non
         assert image.rpartition("/")[2] == f"code-worker-{kind}:{VERSION}"
         dockerfile = (ROOT / "deploy/docker" / f"{kind}.Dockerfile").read_text()
         backend = settings_of(overlay).engine.backend
-        assert f".[{backend}]" in dockerfile or f"FLAVOUR={backend}" in dockerfile
+        assert re.search(rf"\.\[{backend}[\],]", dockerfile) or f"FLAVOUR={backend}" in dockerfile
 
 
 def test_the_settings_of_a_full_batch_make_sense(settings_of: Read) -> None:
@@ -436,6 +438,41 @@ def mounted(container: Resource) -> set[str]:
     return {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
+# -- console -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_console_would_start_with_what_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "overlays/production"
+    (container,) = one(name, "Deployment", "code-console")["spec"]["template"]["spec"]["containers"]
+    maps = {r["metadata"]["name"]: r["data"] for r in render(name) if r["kind"] == "ConfigMap"}
+    for variable in [*os.environ]:
+        if variable.startswith("WORKER_"):
+            monkeypatch.delenv(variable)
+    for source in container["envFrom"]:
+        for variable, value in maps[source["configMapRef"]["name"]].items():
+            monkeypatch.setenv(variable, value)
+    secrets = {
+        "KAFKA__SASL_USERNAME": "someone",
+        "KAFKA__SASL_PASSWORD": "something",
+        "CONSOLE__TOKENS": f"ada:reviewer:{'x' * 20}",
+    }
+    for secret, value in {**secrets, "CONSOLE__SIGNING_KEY": "y" * 40}.items():
+        (tmp_path / f"WORKER_{secret}").write_text(value)
+    monkeypatch.setenv("WORKER_SECRETS_DIR", str(tmp_path))
+    settings = settings_module.load()
+    assert container["args"] == ["worker", "console"] and container["image"].rpartition("/")[2] == f"code-worker-cpu:{VERSION}"
+    assert [port["containerPort"] for port in container["ports"]] == [settings.console.port]
+    assert settings.console.host == "0.0.0.0" and settings.console.auth == "token"
+    assert settings.engine.backend == "openvino" and settings.engine.device == "cpu", "its image has no TensorRT"
+    for path in (settings.engine.bundle, settings.policy.file, settings.kafka.ssl_cafile):
+        assert any(str(path).startswith(mount) for mount in mounted(container)), path
+    pages = {route.path for route in console_pages.ROUTES}
+    assert {container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")} <= pages
+    service = one(name, "Service", "code-console")["spec"]
+    labels = one(name, "Deployment", "code-console")["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items() and service["ports"][0]["targetPort"] == "http"
+
+
 # -- training ------------------------------------------------------------------------------------------------------------
 
 
@@ -465,7 +502,7 @@ def test_a_refusal_by_the_gate_is_not_tried_again() -> None:
 def test_what_training_promotes_is_what_workers_load(settings_of: Read) -> None:
     (spec,) = workloads("training")
     claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"] if "persistentVolumeClaim" in v}
-    served = one("overlays/production", "Deployment")["spec"]["template"]["spec"]["volumes"]
+    served = one("overlays/production", "Deployment", "code-worker")["spec"]["template"]["spec"]["volumes"]
     mounted = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in served if "persistentVolumeClaim" in v}
     assert claims["models"] == mounted["models"]
     assert str(settings_of("production").engine.bundle) == "/models"

@@ -226,7 +226,7 @@ def test_the_pod_monitor_scrapes_what_the_pods_serve() -> None:
     monitor = one("overlays/production", "PodMonitor")["spec"]
     assert set(monitor) == {"selector", "podMetricsEndpoints"}
     for overlay in ("production", "canary"):
-        template = one(f"overlays/{overlay}", "Deployment")["spec"]["template"]
+        template = one(f"overlays/{overlay}", "Deployment", "code-worker")["spec"]["template"]
         assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
         ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
         (endpoint,) = monitor["podMetricsEndpoints"]

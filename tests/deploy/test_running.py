@@ -177,7 +177,7 @@ def query(base: str, expression: str, seconds: float) -> list[Any]:
 
 
 def test_a_termination_drains_within_the_grace_period(pod: Pod) -> None:
-    grace = one(NAME, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    grace = one(NAME, "Deployment", "code-worker")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     started = time.monotonic()
     pod.process.send_signal(signal.SIGTERM)
     assert pod.process.wait(grace) == 0, pod.log.read_text()[-2000:]
