@@ -118,7 +118,7 @@ class BatchSettings(_Group):
         description="sizes that leave at once, comma-separated; empty: a quarter, a half and the whole of max_batch_size",
     )
     max_queue_delay_microseconds: int = Field(5_000, ge=0, description="longest wait of the first crop for company")
-    max_queue_size: int = Field(1_024, ge=1, description="crops that may wait")
+    max_queue_size: int = Field(1_024, ge=1, description="crops that may wait at each priority level")
     priority_levels: int = Field(2, ge=1, le=16, description="0 is the most urgent; larger priorities count as the last level")
 
     @property
