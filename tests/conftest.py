@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,8 +23,21 @@ from worker.settings import KafkaSettings
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 
+BESIDE_THE_CHECKOUT = Path(__file__).parents[2] / "shared" / "kafka" / "cluster"
+LARGE_RECORDS = ("--set", "message.max.bytes=30000000", "--set", "replica.fetch.max.bytes=30000000")
+
 # A shell's background job ignores Ctrl-C, and its children inherit that: the tests of Ctrl-C need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `soak` runs by hand only: where the -m expression names it."""
+    if "soak" in config.option.markexpr:
+        return
+    by_hand = [item for item in items if item.get_closest_marker("soak")]
+    if by_hand:
+        config.hook.pytest_deselected(items=by_hand)
+        items[:] = [item for item in items if item not in by_hand]
 
 
 @pytest.fixture(scope="session")
@@ -60,21 +74,66 @@ def kafka_settings(broker: EmbeddedBroker) -> Callable[..., KafkaSettings]:
 
 @pytest.fixture(scope="session")
 def kafka_cluster() -> str:
-    """Path of the script that starts Apache Kafka (environment KAFKA_CLUSTER)."""
-    script = os.environ.get("KAFKA_CLUSTER")
-    if not script:
-        pytest.skip("KAFKA_CLUSTER is not set: the path of a script that starts Apache Kafka")
+    """Path of the script that starts Apache Kafka; what there is to start is told by `cluster_script`."""
+    script, reason = cluster_script()
+    if script is None:
+        pytest.skip(reason)
     if not Path(script).is_file():
         pytest.fail(f"KAFKA_CLUSTER={script}: no such file")
     return script
 
 
+@pytest.fixture(scope="session")
+def three(kafka_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
+    """Three brokers, two in-sync replicas needed, records up to 30 MB; shared, so leave every broker running."""
+    with KafkaCluster(kafka_cluster, tmp_path_factory.mktemp("three") / "kafka") as cluster:
+        cluster.start("--nodes", "3")
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def secure(kafka_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
+    """One broker that asks for TLS and SCRAM; shared, so leave it running."""
+    with KafkaCluster(kafka_cluster, tmp_path_factory.mktemp("secure") / "kafka") as cluster:
+        cluster.start("--nodes", "1", "--secure")
+        yield cluster
+
+
+def cluster_script(environ: Mapping[str, str] = os.environ) -> tuple[str | None, str]:
+    """The script that starts Apache Kafka, or None and why not.
+
+    Environment `KAFKA_CLUSTER` names it, with the verbs of `KafkaCluster`; empty or `none` switches these tests off. Unset,
+    it is the one that lies beside the checkout.
+    """
+    named = environ.get("KAFKA_CLUSTER")
+    if named is None:
+        if not BESIDE_THE_CHECKOUT.is_file():
+            return None, "no Apache Kafka: KAFKA_CLUSTER names no script that starts it, and none lies beside the checkout"
+        named = str(BESIDE_THE_CHECKOUT)
+    if named.strip() in ("", "none"):
+        return None, "KAFKA_CLUSTER switches the tests on Apache Kafka off"
+    if shutil.which("java") is None:
+        return None, "no Apache Kafka: java is not installed (17 or later)"
+    return named, ""
+
+
 class KafkaCluster:
-    """Apache Kafka in `folder`, driven by the script: `run("start", "--nodes", "3")`, `run("kill", "2")`, `run("env")`."""
+    """Apache Kafka in `folder`, driven by the script: `start("--nodes", "3")`, `run("kill", "2")`, `run("env")`."""
 
     def __init__(self, script: str, folder: Path) -> None:
         self.folder = folder
         self._script = script
+
+    def start(self, *arguments: str) -> str:
+        """The bootstrap servers. A start that fails (a port taken meanwhile) is tried again."""
+        for attempt in range(3):
+            try:
+                return self.run("start", *arguments, *LARGE_RECORDS)
+            except subprocess.CalledProcessError as error:
+                self.__exit__()
+                if attempt == 2:
+                    raise RuntimeError(f"Apache Kafka does not start: {error.stdout} {error.stderr}") from error
+        raise AssertionError
 
     def run(self, *arguments: str) -> str:
         """What the script prints."""
@@ -85,8 +144,9 @@ class KafkaCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.folder.exists():
+        if (self.folder / "state.json").exists():
             self.run("stop")
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def unique_settings(bootstrap: str, **overrides: object) -> KafkaSettings:
