@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.errors import ItemError, TransientItemError
-from worker.items import Delivery, Event, ImageInfo, Item, ModelRef, Record, Scored, Timings
+from worker.items import Delivery, Event, ImageInfo, Item, ModelRef, Position, Record, Scored, Timings
 
 if TYPE_CHECKING:
     from engine.detector import Detector
@@ -103,12 +103,26 @@ Outcome = Inferred | Scored | Failed | Postponed
 
 
 class Receipts:
-    """Counts the broker's acknowledgements an event still needs, and calls `done` on the last."""
+    """Counts the broker's acknowledgements an event still needs, and calls `done` on the last.
 
-    __slots__ = ("_done", "_lock", "_missing")
+    It also ties the outputs of one record together, for whoever publishes them in a transaction: `position` is the record
+    read, `outputs` how many records are published for it, and `dropped` is called instead of `done`, once, where its
+    partition was taken away before they could be.
+    """
 
-    def __init__(self, missing: int, done: Callable[[], None]) -> None:
-        self._missing = missing
+    __slots__ = ("_done", "_lock", "_missing", "dropped", "outputs", "position")
+
+    def __init__(
+        self,
+        outputs: int,
+        done: Callable[[], None],
+        position: Position | None = None,
+        dropped: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.outputs = outputs
+        self.position = position
+        self.dropped = dropped
+        self._missing = outputs
         self._done = done
         self._lock = threading.Lock()
 

@@ -40,7 +40,7 @@ from worker.stages.consume import UnreadableRecord
 from worker.stages.decode import Decoder
 from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
-from worker.stages.publish import Publisher
+from worker.stages.publish_records import RecordWriter
 from worker.stages.single_flight import SingleFlight
 
 log = structlog.get_logger(__name__)
@@ -65,7 +65,7 @@ class Stages:
     decoder: Decoder
     batcher: Batcher[Waiting]
     policy: PolicyKeeper
-    publisher: Publisher
+    publisher: RecordWriter
 
 
 class Pipeline:
@@ -372,21 +372,21 @@ class Pipeline:
             finished=self._clock.monotonic(),
         )
         source = "cache" if scored.cache_hit else "engine"
-        self._send_verdict(verdict, item.record, item.event, source, Receipts(1, lambda: self._settle(item.record)))
+        self._send_verdict(verdict, item.record, item.event, source, self._receipts(item.record, 1))
 
     def _publish_failed(self, failed: Failed) -> None:
         """The dead letter, and the verdict where the event has an id: finished when the broker has both."""
         record, event = failed.record, failed.event
         if self._drop_if_stale(record):
             return
-        receipts = Receipts(1 if event is None else 2, lambda: self._settle(record))
+        receipts = self._receipts(record, 1 if event is None else 2)
         code = failed.error.code
 
         def buried() -> None:
             self._metrics.dead_letters.labels(code.value).inc()
             receipts()
 
-        self._stages.publisher.dead_letter(record, code, failed.error.message, failed.delivery, buried)
+        self._stages.publisher.dead_letter(record, code, failed.error.message, failed.delivery, buried, receipts)
         if event is None:
             return
         verdict = contracts.build_verdict(
@@ -406,8 +406,9 @@ class Pipeline:
         record = postponed.item.record
         if self._drop_if_stale(record):
             return
-        receipts = Receipts(1, lambda: self._settle(record))
-        self._stages.publisher.retry(record, postponed.item.delivery, postponed.delay_s, postponed.error.code, receipts)
+        receipts = self._receipts(record, 1)
+        delivery, code = postponed.item.delivery, postponed.error.code
+        self._stages.publisher.retry(record, delivery, postponed.delay_s, code, receipts, receipts)
 
     def _send_verdict(self, verdict: contracts.Verdict, record: Record, event: Event, source: str, receipts: Receipts) -> None:
         uploaded_at = event.uploaded_at if event.uploaded_at is not None else record.timestamp_ms / 1000
@@ -418,19 +419,25 @@ class Pipeline:
             receipts()
 
         headers = contracts.verdict_headers(verdict, event.traceparent)
-        self._stages.publisher.verdict(verdict.to_json(), event.event_id, headers, acknowledged)
+        self._stages.publisher.verdict(verdict.to_json(), event.event_id, headers, acknowledged, receipts)
 
     # -- the end of an event -------------------------------------------------------------------------------------
 
     def _is_current(self, position: Position) -> bool:
         return self._stages.ledger.current(position)
 
+    def _receipts(self, record: Record, outputs: int) -> Receipts:
+        return Receipts(outputs, lambda: self._settle(record), record.position, lambda: self._drop(record))
+
     def _drop_if_stale(self, record: Record) -> bool:
         if self._is_current(record.position):
             return False
+        self._drop(record)
+        return True
+
+    def _drop(self, record: Record) -> None:
         self._metrics.events_stale.inc()
         self._settle(record, counted=False)
-        return True
 
     def _settle(self, record: Record, *, counted: bool = True) -> None:
         """Take a record out of the books; called once for each, from the thread that saw its end."""

@@ -87,15 +87,19 @@ class Publisher:
         self.withheld: list[Callable[[], None]] = []
         self.mute = False
 
-    def verdict(self, body: bytes, event_id: str, headers: Any, on_receipt: Callable[[], None]) -> None:
+    def verdict(self, body: bytes, event_id: str, headers: Any, on_receipt: Callable[[], None], receipts: Any = None) -> None:
         self.verdicts.append(json.loads(body))
         self._acknowledge(on_receipt)
 
-    def dead_letter(self, record: Record, code: str, message: str, delivery: Any, on_receipt: Callable[[], None]) -> None:
+    def dead_letter(
+        self, record: Record, code: str, message: str, delivery: Any, on_receipt: Callable[[], None], receipts: Any = None
+    ) -> None:
         self.letters.append((record, str(code), delivery.attempt))
         self._acknowledge(on_receipt)
 
-    def retry(self, record: Record, delivery: Any, delay_s: float, code: str, on_receipt: Callable[[], None]) -> None:
+    def retry(
+        self, record: Record, delivery: Any, delay_s: float, code: str, on_receipt: Callable[[], None], receipts: Any = None
+    ) -> None:
         self.retries.append((record, delivery.attempt, delay_s))
         self._acknowledge(on_receipt)
 

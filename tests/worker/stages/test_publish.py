@@ -15,7 +15,7 @@ from tests.worker.kafka_topics import prepare, read_all
 from tests.worker.stages.fake_producer import FakeBroker, Sent
 from worker import envelopes
 from worker.clock import Deadline
-from worker.errors import ConfigurationError, DependencyError
+from worker.errors import DependencyError
 from worker.items import Delivery, Headers, Position, Record
 from worker.settings import KafkaSettings
 from worker.stages import publish
@@ -300,11 +300,6 @@ def test_closing_gives_up_at_its_deadline_without_a_receipt(with_broker: Make) -
     assert publisher.close(Deadline(0.2)) is False
     assert time.monotonic() - began < 3
     assert receipts.names == []
-
-
-def test_exactly_once_is_refused_until_it_is_built() -> None:
-    with pytest.raises(ConfigurationError, match="WORKER_KAFKA__DELIVERY"):
-        Publisher(KafkaSettings(delivery="exactly_once"))
 
 
 @pytest.mark.broker
