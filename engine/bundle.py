@@ -6,7 +6,8 @@
         ├── manifest.json         engine/manifest.py; the bundle's digest is the SHA-256 of these bytes
         ├── encoder.safetensors   timm's names; float32 or float16, float32 in memory
         ├── heads.safetensors     linear.*, knn.*, svm.*
-        └── MODEL_CARD.md
+        ├── MODEL_CARD.md
+        └── replay.safetensors    may be absent: embeddings for a refit of the heads (train/replay.py); serving never parses it
 
 Nothing in it is executable. Every file is read once, bounded, and its digest is that of the bytes that are parsed. A written
 bundle never changes: a new model is a new version.
@@ -41,6 +42,7 @@ from engine.manifest import (
     HEADS_FILE,
     MANIFEST_FILE,
     MODEL_CARD_FILE,
+    REPLAY_FILE,
     Band,
     EncoderPart,
     FileRef,
@@ -63,6 +65,7 @@ MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_ENCODER_BYTES = 128 * 2**20
 MAX_HEADS_BYTES = 512 * 2**20
 MAX_MODEL_CARD_BYTES = 4 * 2**20
+MAX_REPLAY_BYTES = 256 * 2**20
 
 _TENSORS = {
     "linear_weight": "linear.weight",
@@ -124,6 +127,8 @@ class Draft:
     svm_nu: float | None = None
     created_at: datetime | None = None
     """Timezone-aware; None: now."""
+    replay: bytes | None = None
+    """Content of the replay file; None: the bundle has none."""
 
 
 def encoder_shapes() -> dict[str, tuple[int, ...]]:
@@ -202,6 +207,8 @@ def load(path: Path | str) -> Bundle:
     encoder = _load_encoder(folder, manifest.encoder)
     heads = _load_heads(folder, manifest.heads)
     _read_verified(folder, manifest.model_card, MAX_MODEL_CARD_BYTES)
+    if manifest.replay is not None:
+        _read_verified(folder, manifest.replay, MAX_REPLAY_BYTES)
     return Bundle(manifest, encoder, heads, hashlib.sha256(raw).hexdigest(), folder)
 
 
@@ -214,6 +221,16 @@ def read_manifest(path: Path | str) -> tuple[Manifest, str]:
     folder = resolve(path)
     raw = _read(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES)
     return _parse_manifest(folder / MANIFEST_FILE, raw), hashlib.sha256(raw).hexdigest()
+
+
+def read_replay(bundle: Bundle) -> bytes | None:
+    """The verified bytes of a bundle's replay file; None where it has none.
+
+    Raises:
+        BundleError: it is missing, oversized or changed.
+    """
+    part = bundle.manifest.replay
+    return None if part is None else _read_verified(bundle.path, part, MAX_REPLAY_BYTES)
 
 
 def write(folder: Path | str, draft: Draft) -> Bundle:
@@ -410,6 +427,8 @@ def _files(target: Path, draft: Draft) -> dict[str, bytes]:
         HEADS_FILE: serialize_safetensors({k: _contiguous(v) for k, v in heads.items()}),
         MODEL_CARD_FILE: draft.model_card.encode(),
     }
+    if draft.replay is not None:
+        files[REPLAY_FILE] = draft.replay
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     try:
         manifest = _manifest(draft, digests)
@@ -459,6 +478,7 @@ def _manifest(draft: Draft, digests: Mapping[str, str]) -> Manifest:
         metrics=dict(draft.metrics),
         parents=draft.parents,
         model_card=FileRef(file=MODEL_CARD_FILE, sha256=digests[MODEL_CARD_FILE]),
+        replay=FileRef(file=REPLAY_FILE, sha256=digests[REPLAY_FILE]) if REPLAY_FILE in digests else None,
     )
 
 

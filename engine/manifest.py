@@ -20,6 +20,7 @@ MANIFEST_FILE = "manifest.json"
 ENCODER_FILE = "encoder.safetensors"
 HEADS_FILE = "heads.safetensors"
 MODEL_CARD_FILE = "MODEL_CARD.md"
+REPLAY_FILE = "replay.safetensors"
 ARCH: Final = "vit_tiny_patch16_224"
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
@@ -218,6 +219,8 @@ class Manifest(_Part):
     metrics: dict[str, JsonValue] = Field(default_factory=dict)
     parents: tuple[Parent, ...] = ()
     model_card: FileRef
+    replay: FileRef | None = None
+    """Embeddings that a later refit of the heads starts from (train/replay.py); serving has no use for them."""
 
     @field_validator("name", "version")
     @classmethod
@@ -235,6 +238,7 @@ class Manifest(_Part):
     @model_validator(mode="after")
     def _files_differ(self) -> Manifest:
         files = [MANIFEST_FILE, self.encoder.file, self.heads.file, self.model_card.file]
+        files += [self.replay.file] if self.replay is not None else []
         if len(set(files)) != len(files):
-            raise ValueError(f"encoder, heads and model card must be files of their own: {', '.join(files[1:])}")
+            raise ValueError(f"encoder, heads, model card and replay must be files of their own: {', '.join(files[1:])}")
         return self

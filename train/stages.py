@@ -25,10 +25,10 @@ from engine.detector import Detector
 from engine.heads import HEADS
 from engine.manifest import Histogram, Parent, Reference
 from train import calibrate as calibration
-from train import card, evaluate, probe, promote
+from train import card, evaluate, probe, promote, replay
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry, digest, licences, read_manifest, trained_sources
-from train.embed import Encoder, degraded, embed, from_files, from_store, load_encoder
+from train.embed import Embedded, Encoder, degraded, embed, from_files, from_store, load_encoder
 from train.recipe import Recipe
 
 ENCODER_FILE = "encoder.safetensors"
@@ -139,7 +139,9 @@ def run_probe(out: Path, name: str, version: str, *, copies: int, aligned: bool,
         f"{len(embedded.facts)} crops of {len(store.items)} images, preset `platform`, aligned fakes {'in' if aligned else 'out'}"
     )
     write_facts(out, probe=text)
-    return _replaced(out / "bundles" / f"{version}-probe", draft)
+    folder = _replaced(out / "bundles" / f"{version}-probe", draft)
+    replay.begin(out, bundles.read_manifest(folder)[0].encoder.sha256, embedded)
+    return folder
 
 
 def run_calibrate(out: Path, data: Path, version: str, on_image: OnCount) -> Path:
@@ -174,6 +176,7 @@ def run_calibrate(out: Path, data: Path, version: str, on_image: OnCount) -> Pat
     )
     changed = {"calibration": calibrations, "thresholds": thresholds, "abstain": dict.fromkeys(HEADS, calibration.ABSTAIN)}
     write_facts(out, calibration_losses=losses, calibration_skipped=str(damage))
+    replay.add(out, loaded.manifest.encoder.sha256, dict(zip(replay.CALIBRATE, (clean, copies), strict=True)))
     return _replaced(out / "bundles" / f"{version}-calibrated", bundles.Draft(**{**draft, **changed, "reference": reference}))
 
 
@@ -186,6 +189,15 @@ def run_evaluate(folder: Path, data: Path, out: Path, *, backend: str, threads: 
             name: evaluate.score(detector, entries, change, damage, on_image) for name, change in evaluate.CONDITIONS.items()
         }
         report = evaluate.report(detector, scored, trained_sources(data), digest(entries), damage)
+    replay.add(
+        out,
+        detector.bundle.manifest.encoder.sha256,
+        {
+            f"{replay.EVALUATE}{name}": Embedded(scored[name].embedding, scored[name].facts)
+            for name in replay.CONDITIONS
+            if name in scored
+        },
+    )
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "report.json.partial"
     partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -217,6 +229,7 @@ def run_promote(
     facts = read_facts(out)
     text = card.model_card(loaded, report, facts)
     draft = {**_draft_of(loaded), "model_card": text, "metrics": {"report": report}, "parents": parents}
+    draft["replay"] = replay.kept(out, loaded.manifest.encoder.sha256)
     models.mkdir(parents=True, exist_ok=True)
     bundles.write(models / version, bundles.Draft(**draft))
     (models / "TRAINING.md").write_text(card.training_page(loaded.manifest.name, version, facts, commands), encoding="utf-8")

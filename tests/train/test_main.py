@@ -16,6 +16,7 @@ pytest.importorskip("sklearn")
 from engine import bundle
 from engine.detector import Detector
 from tests.train.pictures import corpus
+from train import replay
 from train.__main__ import main
 from train.data import Damage, read_shard
 
@@ -76,6 +77,8 @@ def test_from_data_to_a_published_bundle(evaluated: Path) -> None:
     published = bundle.load(models)
     assert published.manifest.name == "made-up" and published.path.name == "1"
     assert published.manifest.metrics["report"] == report
+    carried = replay.of_bundle(published)
+    assert carried is not None and set(carried) == {"train", *replay.CALIBRATE, "evaluate/clean", "evaluate/jpeg75"}
     assert published.manifest.reference is not None and published.manifest.reference.images == 16
     card = (published.path / "MODEL_CARD.md").read_text()
     assert "A made-up run." in card and "fake-elsewhere" in card and "CC0" in card and str(trained) not in card
