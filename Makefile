@@ -35,12 +35,19 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	@exec $(BIN)/python -m worker dev --samples $(if $(IMAGES),--images "$(IMAGES)") $(if $(ONCE),--once)
 
+# Fast tests side by side; then the long ones, and last what measures time, each alone. RERUNS=1 (CI) gives a failed test a second
+# try and names it at the end.
+RERUNS ?= 0
+PYTEST = $(BIN)/python -m pytest --reruns $(RERUNS)
+FAST = $(PYTEST) -m "not slow and not timing" --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m "not slow"
-	@$(BIN)/python -m pytest -m slow
+	@$(FAST)
+	@$(PYTEST) -m "slow and not timing"
+	@$(PYTEST) -m timing
 
 test-fast: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(FAST)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

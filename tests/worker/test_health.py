@@ -114,6 +114,7 @@ def test_noise_is_survived_in_silence(served: Served, noise: bytes, capfd: pytes
     assert "Traceback" not in written.out + written.err
 
 
+@pytest.mark.timing
 def test_a_slow_caller_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REQUEST_TIMEOUT_S", 0.4)
     started = time.monotonic()

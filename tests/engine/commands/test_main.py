@@ -191,6 +191,7 @@ def test_names_in_another_encoding_do_not_end_the_command(bundle: Path, tmp_path
         assert "authentic" in output
 
 
+@pytest.mark.timing
 def test_the_commands_answer_fast(bundle: Path) -> None:
     started = time.monotonic()
     engine("classify", "--help")

@@ -164,6 +164,7 @@ def test_watch_prints_rows_and_lines(settings: KafkaSettings, capsys: pytest.Cap
     assert {json.loads(line)["event_id"] for line in lines} == {"e-1", "e\x1b[2J\n2"}
 
 
+@pytest.mark.timing
 def test_watch_shows_only_what_comes_from_now_on_and_ends_in_time(
     settings: KafkaSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:

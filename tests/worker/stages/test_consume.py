@@ -168,6 +168,7 @@ def test_closing_without_a_commit_leaves_everything_to_the_next(kafka_settings: 
     assert committed(settings, settings.upload_topics[0]) == {}
 
 
+@pytest.mark.timing
 def test_no_room_keeps_polling_and_wakes_at_once(kafka_settings: Settings) -> None:
     settings = prepare(kafka_settings(max_in_flight=40))
     produce(settings, settings.upload_topics[0], values(50))
@@ -306,6 +307,7 @@ def test_a_batch_that_cannot_be_read_becomes_one_record_and_the_partition_goes_o
     assert committed(settings, topic) == {0: 6}
 
 
+@pytest.mark.timing
 def test_short_polls_do_not_keep_a_member_from_joining(kafka_settings: Settings) -> None:
     """kafka-python 3.0.12 forgets a join that completes between two polls (see `kafka_workarounds`)."""
     settings = prepare(kafka_settings())

@@ -108,6 +108,7 @@ def test_an_image_whose_decoder_died_by_chance_succeeds_at_the_second_try(decode
     assert decoded.info.format == "PNG"
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("fault", [b"hang", b"spin"])
 def test_a_hang_ends_at_the_timeout_and_is_not_tried_again(decoder: Decoder, fault: bytes) -> None:
     restarts, pid, started = decoder.restarts, decoder.pids[1], time.monotonic()
@@ -259,6 +260,7 @@ sys.stdin.read()
     assert not alive
 
 
+@pytest.mark.timing
 def test_close_ends_idle_and_hanging_children_and_frees_their_threads() -> None:
     decoder = Decoder(DecodeSettings(processes=2, timeout_s=60), "center", function=FAULTS)
     decoder.start()

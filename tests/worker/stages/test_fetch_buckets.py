@@ -191,6 +191,7 @@ def test_statuses_in_one_attempt(store: tuple[str, RawServer], status: int, expe
     assert len(server.requests) == 1
 
 
+@pytest.mark.timing
 def test_an_object_that_says_it_is_too_large_is_not_read(store: tuple[str, RawServer]) -> None:
     scheme, server = store
     head = ["HTTP/1.1 200 OK", "Content-Length: 5000000000", *OBJECT_HEADERS, "", ""]
@@ -200,6 +201,7 @@ def test_an_object_that_says_it_is_too_large_is_not_read(store: tuple[str, RawSe
     assert time.monotonic() - started < 1.5
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("when", ["silent", "slow body"])
 def test_the_deadline_holds(store: tuple[str, RawServer], when: str) -> None:
     scheme, server = store

@@ -109,6 +109,7 @@ def test_a_probe_that_ends_in_a_bug_leaves_room_for_the_next() -> None:
     assert fail(gate).attempted
 
 
+@pytest.mark.timing
 def test_a_place_is_waited_for_but_not_for_long() -> None:
     gate = make_gate(limit=1, wait_s=0.2)
     entered, leave = threading.Event(), threading.Event()

@@ -124,6 +124,7 @@ def test_an_empty_body_is_for_the_decoder_to_judge(server: RawServer) -> None:
 # --- limits -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 def test_a_declared_length_over_the_limit_is_refused_at_once(server: RawServer) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 100000000000\r\n\r\n"
     server.routes["/big"] = drip(itertools.chain([head], itertools.repeat(b"x" * 10)), 0.05, server.closing)
@@ -193,6 +194,7 @@ def test_headers_without_end_are_bounded(server: RawServer) -> None:
     failure(server.fixed("/headers", *lines), Code.FETCH_UNAVAILABLE)
 
 
+@pytest.mark.timing
 def test_informational_responses_without_end_are_bounded(server: RawServer) -> None:
     @server.route("/hints")
     def hints(connection: socket.socket, _: str) -> bool:
@@ -203,6 +205,7 @@ def test_informational_responses_without_end_are_bounded(server: RawServer) -> N
     failure(server.url("/hints"), Code.FETCH_TIMEOUT, timeout_s=0.5, within_s=2.0)
 
 
+@pytest.mark.timing
 def test_a_flood_of_tiny_chunks_ends_at_the_deadline(server: RawServer) -> None:
     @server.route("/tiny")
     def tiny(connection: socket.socket, _: str) -> bool:
@@ -219,6 +222,7 @@ def test_a_flood_of_tiny_chunks_ends_at_the_deadline(server: RawServer) -> None:
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "parts",
     [
@@ -234,11 +238,13 @@ def test_the_deadline_is_for_the_whole_fetch_not_for_one_read(server: RawServer,
     failure(server.url("/slow"), Code.FETCH_TIMEOUT, timeout_s=0.6, within_s=1.5)
 
 
+@pytest.mark.timing
 def test_redirects_share_the_deadline(server: RawServer) -> None:
     server.routes["/r"] = drip([b"", b"", b"", answer(302, b"", "Location: /r")], 0.1, server.closing)
     failure(server.url("/r"), Code.FETCH_TIMEOUT, timeout_s=0.8, within_s=1.6)
 
 
+@pytest.mark.timing
 def test_a_resolver_that_hangs_ends_at_the_deadline(server: RawServer) -> None:
     stuck = threading.Event()
 
@@ -250,6 +256,7 @@ def test_a_resolver_that_hangs_ends_at_the_deadline(server: RawServer) -> None:
     stuck.set()
 
 
+@pytest.mark.timing
 def test_a_tls_server_that_never_shakes_hands_ends_at_the_deadline(server: RawServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"https://127.0.0.1:{mute.getsockname()[1]}/"
@@ -610,6 +617,7 @@ def test_tls_by_an_unknown_authority_fails(tls_server: RawServer) -> None:
 # --- company ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 def test_one_slow_host_does_not_hold_the_others(server: RawServer) -> None:
     server.routes["/slow"] = drip([b""] * 100, 0.05, server.closing)
     fetcher = make_fetcher(concurrency=4, timeout_s=2.0, lookup=lambda host, port: ["127.0.0.1"])

@@ -292,6 +292,7 @@ def test_seconds_without_receipt(with_broker: Make) -> None:
     assert publisher.seconds_without_receipt() == 0
 
 
+@pytest.mark.timing
 def test_closing_gives_up_at_its_deadline_without_a_receipt(with_broker: Make) -> None:
     publisher, broker, receipts = with_broker()
     broker.answering.clear()
