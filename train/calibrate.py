@@ -80,12 +80,12 @@ def choose(
 
 def thresholds(probability: Floats, labels: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, Threshold]:
     """Thresholds on calibrated probabilities at the named FPRs, counted over images: of a real's copies the highest counts,
-    of a generated image's copies the lowest."""
+    of a generated image's copies the lowest. Each keeps off the scores of all copies, see `threshold_at_fpr`."""
     reals = _per_image(probability, labels == 0, keys, max)
     fakes = _per_image(probability, labels == 1, keys, min)
     found = {}
     for name, target in TARGETS.items():
-        threshold = threshold_at_fpr(reals, target)
+        threshold = threshold_at_fpr(reals, target, probability)
         flagged = int((reals >= threshold).sum())
         found[name] = Threshold(
             target_fpr=target,

@@ -15,6 +15,9 @@ Labels = NDArray[np.uint8]
 Scores = NDArray[np.floating]
 Measure = Callable[[Labels, Scores], float]
 
+NEIGHBOURS = 10
+"""Reals at and below a threshold whose mean spacing says how near two scores lie there."""
+
 
 def auroc(labels: Labels, scores: Scores) -> float:
     """Probability that a generated image scores above a real one, ties counting one half (Mann-Whitney)."""
@@ -39,24 +42,47 @@ def average_precision(labels: Labels, scores: Scores) -> float:
     return float(np.sum(precision * np.diff(np.concatenate(([0.0], recall)))))
 
 
-def threshold_at_fpr(reals: Scores, fpr: float) -> float:
-    """The smallest of the reals' scores t (or just above the largest) with at most `fpr` of the reals at or above t."""
-    allowed = int(np.floor(fpr * len(reals) + 1e-9))
+def threshold_at_fpr(reals: Scores, fpr: float, others: Scores | None = None) -> float:
+    """A threshold that at most `fpr` of the reals reach, as far from every image's score as that leaves it.
+
+    The highest real that must not pass bounds it from below. From there up to the next higher real, or to one `NEIGHBOURS`
+    spacing where that is farther (reals that all but tie, or none above), it takes the middle of the widest gap between
+    neighbouring scores, `others` included. So no image's own score is the threshold, where the rounding of another backend or
+    precision would turn the decision; the price is that it may flag fewer reals than `fpr` allows, never more.
+
+    Args:
+        reals: float[n], n at least 1.
+        fpr: allowed share of the reals at or above the threshold.
+        others: float[m], further scores to keep off, of generated images or further copies; they never loosen the rate.
+    """
     ordered = np.sort(np.asarray(reals, np.float64))[::-1]
+    allowed = int(np.floor(fpr * len(ordered) + 1e-9))
     if allowed >= len(ordered):
         return float(ordered[-1])
-    # `allowed` reals may pass; the next one must not, nor any that ties with it.
-    return float(np.nextafter(ordered[allowed], np.inf))
+    refused = ordered[allowed]  # nor may any that ties with it
+    below = ordered[allowed:][:NEIGHBOURS]
+    end = refused + (refused - below[-1]) / max(len(below) - 1, 1)
+    above = ordered[ordered > refused]
+    if len(above):
+        end = max(end, above[-1])
+    scores = ordered if others is None else np.concatenate((ordered, np.asarray(others, np.float64)))
+    edges = np.unique(np.concatenate(([refused, end], scores[(scores > refused) & (scores < end)])))
+    widest = int(np.diff(edges).argmax()) if len(edges) > 1 else 0
+    return float(max((edges[widest] + edges[min(widest + 1, len(edges) - 1)]) / 2, np.nextafter(refused, np.inf)))
 
 
 def tpr_at_fpr(fpr: float) -> Measure:
-    """Measure: share of the generated images found when at most `fpr` of these very reals are flagged."""
+    """Measure: share of the generated images found when at most `fpr` of these very reals are flagged.
+
+    Every generated image above the highest real that must not pass counts, as on a ROC curve.
+    """
 
     def measure(labels: Labels, scores: Scores) -> float:
-        fakes, reals = scores[labels == 1], scores[labels == 0]
+        fakes, reals = scores[labels == 1], np.sort(scores[labels == 0])[::-1]
         if not len(fakes) or not len(reals):
             return float("nan")
-        return float((fakes.astype(np.float64) >= threshold_at_fpr(reals, fpr)).mean())
+        allowed = int(np.floor(fpr * len(reals) + 1e-9))
+        return 1.0 if allowed >= len(reals) else float((fakes > reals[allowed]).mean())
 
     return measure
 

@@ -66,11 +66,25 @@ class HeadScores(nn.Module):
         return torch.stack((linear, knn, ocsvm.to(torch.float32)), dim=1)
 
 
+class _InFloat32(nn.Module):
+    """Keeps a module out of autocast: the bytes of a pixel do not survive bfloat16 after normalisation, and the patch
+    projection is 2% of the arithmetic."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            out: Tensor = self.module(images)
+            return out
+
+
 class Scorer(nn.Module):
     """Normalisation, encoder and heads of a bundle.
 
-    `precision`: the encoder's arithmetic: None for float32, else bfloat16 or float16 by autocast; normalisation, the final
-    embedding and the heads are float32 (and float64) always.
+    `precision`: the encoder's arithmetic: None for float32, else bfloat16 or float16 by autocast; normalisation, the patch
+    projection, the final embedding and the heads are float32 (and float64) always.
     """
 
     def __init__(self, bundle: Bundle, precision: torch.dtype | None = None) -> None:
@@ -80,6 +94,7 @@ class Scorer(nn.Module):
         with torch.device("meta"):
             self.encoder = VisionTransformer(layer_norm_eps=bundle.manifest.encoder.layer_norm_eps)
         self.encoder.load_state_dict({name: torch.tensor(array) for name, array in bundle.encoder.items()}, assign=True)
+        self.encoder.patch_embed = _InFloat32(self.encoder.patch_embed)  # type: ignore[assignment]
         self.heads = HeadScores(bundle.heads)
         self.precision = precision
         self.eval().requires_grad_(False)

@@ -61,10 +61,12 @@ def test_thresholds_hold_their_rate_with_bounds() -> None:
     probability = np.clip(rng.normal(0.3 + 0.4 * labels, 0.15), 0, 1)
     found = calibrate.thresholds(probability, labels, [str(i) for i in range(600)])
     one = found["fpr_0.01"]
-    assert one.reals == 400 and one.fpr == pytest.approx(0.01) and one.fpr < one.fpr_upper < 0.03
+    assert one.reals == 400 and 0.0 < one.fpr <= 0.01 and one.fpr < one.fpr_upper < 0.03
     assert one.fpr == (probability[labels == 0] >= one.threshold).mean()
     assert one.tpr == (probability[labels == 1] >= one.threshold).mean()
     assert found["fpr_0.001"].fpr == 0.0 and found["fpr_0.001"].threshold > one.threshold
+    # No image's own score: the rounding of another backend must not turn a decision.
+    assert min(abs(probability - value.threshold).min() for value in found.values()) > 1e-4
 
 
 def test_copies_of_an_image_count_once_by_the_worse() -> None:

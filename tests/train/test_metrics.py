@@ -60,6 +60,38 @@ def test_tpr_at_fpr_is_the_best_threshold_that_keeps_the_rate(case: tuple[np.nda
     assert metrics.tpr_at_fpr(fpr)(labels, scores) == pytest.approx(max((fakes >= t).mean() for t in allowed))
 
 
+@given(scored(), st.sampled_from([0.001, 0.01, 0.1, 0.5, 1.0]), st.sampled_from([1.0, 1e-3, 1e-12]))
+@settings(max_examples=100)
+def test_a_threshold_keeps_the_rate_and_lies_on_no_score(case: tuple[np.ndarray, np.ndarray], fpr: float, scale: float) -> None:
+    labels, scores = case
+    scores = scores * scale + 0.7
+    reals = scores[labels == 0]
+    threshold = metrics.threshold_at_fpr(reals, fpr, scores)
+    assert (reals >= threshold).mean() <= fpr
+    assert fpr == 1.0 or threshold not in scores
+
+
+def test_a_threshold_lies_midway_to_the_next_higher_real_and_off_the_generated_ones() -> None:
+    reals = np.array([0.9, 0.8, *np.linspace(0.1, 0.2, 98)])
+    assert metrics.threshold_at_fpr(reals, 0.02) == pytest.approx(0.5)
+    assert metrics.threshold_at_fpr(reals, 0.01) == pytest.approx((0.8 + 0.9) / 2)
+    # A generated image in the middle: the wider of the two gaps beside it, whatever lies outside.
+    assert metrics.threshold_at_fpr(reals, 0.02, np.array([0.05, 0.4, 0.95])) == pytest.approx(0.6)
+
+
+def test_a_threshold_above_all_reals_keeps_the_distance_that_is_usual_there() -> None:
+    reals = np.linspace(0.0, 0.9, 91)
+    assert metrics.threshold_at_fpr(reals, 0.001) == pytest.approx(0.905)
+    assert metrics.threshold_at_fpr(np.array([0.3]), 0.001) == np.nextafter(0.3, 1)
+    assert metrics.threshold_at_fpr(np.full(5, 0.3), 0.1) == np.nextafter(0.3, 1)
+
+
+def test_reals_that_all_but_tie_at_the_boundary_are_both_kept_off() -> None:
+    reals = np.array([*np.linspace(0.0, 0.8, 81), 0.8 + 1e-9])
+    threshold = metrics.threshold_at_fpr(reals, 1 / 82)
+    assert abs(reals - threshold).min() > 0.004 and (reals >= threshold).sum() == 0
+
+
 def test_ece_by_hand() -> None:
     labels = np.array([1, 0, 1, 1], np.uint8)
     probabilities = np.array([0.9, 0.9, 0.1, 1.0])
