@@ -314,7 +314,7 @@ class Consumer:
         self._paused -= partitions
         self._observer.revoking(partitions)
         deadline = self._revoke_deadline(self._settings.max_poll_interval_ms / 1000 / REVOKE_WAIT_SHARE)
-        while self._may_commit and any(self._ledger.in_flight(partition) for partition in partitions):
+        while self._may_commit and any(self._ledger.awaited(partition) for partition in partitions):
             if deadline.expired():
                 break
             await self._raw._net.sleep(REVOKE_CHECK_S)
