@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     four.add_argument("--version", help="version in --out")
     four.add_argument("--backend", default="torch", help="torch, openvino, tensorrt, auto")
     four.add_argument("--threads", type=_at_least(0), default=0, help="0: one a core")
+    four.add_argument("--head", choices=("linear", "knn", "ocsvm"), default="linear", help="the serving head")
+    four.add_argument("--crops", choices=("center", "five"), default="center", help="five: five crops an image, averaged")
+    four.add_argument("--no-ladder", action="store_true", help="clean and JPEG 75 only, not every degradation")
+    four.add_argument("--no-parity", action="store_true", help="do not compare the backends that run here")
     four.set_defaults(run=_evaluate)
 
     five = commands.add_parser("promote", help="publish the calibrated bundle if it passes the gate")
@@ -234,6 +238,7 @@ def _probe(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     from engine import bundle
     from train import stages
+    from train.calibrate import certification
 
     folder = stages.run_calibrate(args.out, args.data, args.version, _counter("embedded", 250))
     manifest = bundle.load(folder).manifest
@@ -241,7 +246,8 @@ def _calibrate(args: argparse.Namespace) -> int:
         for name, t in named.items():
             print(
                 f"{head:7} {manifest.calibration[head].method:12} {name:10} {t.threshold:.4f}  FPR {t.fpr:.4f} "
-                f"(at most {t.fpr_upper:.4f} with 95% confidence, {t.reals} reals)  TPR {t.tpr:.4f}"
+                f"(at most {t.fpr_upper:.4f} with 95% confidence, {t.reals} reals)  TPR {t.tpr:.4f}  "
+                f"certified: {certification(t)}"
             )
     return DONE
 
@@ -253,7 +259,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         _parser().error("evaluate needs --bundle, or --version of a bundle in --out")
     folder = args.bundle or args.out / "bundles" / f"{args.version}-calibrated"
     report = stages.run_evaluate(
-        folder, args.data, args.out, backend=args.backend, threads=args.threads, on_image=_counter("scored", 250)
+        folder,
+        args.data,
+        args.out,
+        backend=args.backend,
+        threads=args.threads,
+        on_image=_counter("scored", 250),
+        head=args.head,
+        crops=args.crops,
+        ladder=not args.no_ladder,
+        parity=not args.no_parity,
     )
     for condition, parts in report["conditions"].items():
         for part, values in parts.items():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.calibration import Calibration, Isotonic, Platt, Temperature
 from engine.heads import HEADS, Head
 from engine.manifest import Band, Threshold
-from train.metrics import clopper_pearson_upper, threshold_at_fpr
+from train.metrics import clopper_pearson_upper, threshold_at_fpr, trials_to_certify
 
 TARGETS = {"fpr_0.01": 0.01, "fpr_0.001": 0.001}
 FOLDS = 5
@@ -97,6 +97,16 @@ def thresholds(probability: Floats, labels: NDArray[np.uint8], keys: Sequence[st
             fakes=len(fakes),
         )
     return found
+
+
+def certification(threshold: Threshold) -> str:
+    """Whether these reals prove the rate that a threshold is named after, and how many it would take if not."""
+    if threshold.fpr_upper <= threshold.target_fpr:
+        return "yes"
+    errors = round(threshold.fpr * threshold.reals)
+    needed = trials_to_certify(threshold.target_fpr, errors)
+    with_errors = "without an error" if not errors else f"with {errors} above the threshold"
+    return f"no: takes {needed:,} reals {with_errors}"
 
 
 def calibrate(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from engine.bundle import Bundle
+from train.calibrate import certification
+from train.metrics import trials_to_certify
 
 
 def model_card(bundle: Bundle, report: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -22,7 +24,7 @@ def model_card(bundle: Bundle, report: dict[str, Any], facts: dict[str, Any]) ->
         "",
         "## Measured",
         "",
-        f"Head `linear`, {report['crops']} crop, {report['backend']}, {report['created_at']}. AUROC, AP and TPR at a "
+        f"Head `{report['head']}`, {report['crops']} crop, {report['backend']}, {report['created_at']}. AUROC, AP and TPR at a "
         f"false-positive rate (FPR) with 95% bootstrap intervals ({report['bootstrap']['resamples']} resamples within each "
         "class). A source of generated images is ranked against all reals of its table, a source of reals against all generated "
         "images of its table. `jpeg75`: images of both classes re-encoded at quality 75.",
@@ -51,24 +53,62 @@ def _part(report: dict[str, Any], part: str, title: str) -> list[str]:
     for name, values in found.items():
         for head, overall in values["heads"].items():
             lines.append(f"| **all, head {head}** | {name} | {counts['real'] + counts['fake']} | {_ranking(overall)} |")
-    for i, row in enumerate(next(iter(found.values()))["slices"]):
-        for name, values in found.items():
-            measured = values["slices"][i]
-            text = _ranking(measured) if "auroc" in measured else f"{measured['note']} | | | "
-            lines.append(f"| {row['label']} {row['slice']} {row['name']} | {name} | {row['images']} | {text} |")
+    for name, row in _rows(found):
+        text = _ranking(row) if "auroc" in row else f"{row['note']} | | | "
+        lines.append(f"| {row['label']} {row['slice']} {row['name']} | {name} | {row['images']} | {text} |")
     lines += ["", "Macro mean of AUROC over sources (generated / real):", ""]
     for name, values in found.items():
         macro = (values["macro_auroc_over_fake_sources"], values["macro_auroc_over_real_sources"])
         lines.append(f"- {name}: {_number(macro[0])} / {_number(macro[1])}")
-    lines += ["", "At fixed thresholds on the calibrated probability (head linear):", ""]
+    return [*lines, "", *_thresholds(found, report["head"]), *_ladder(report, part)]
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(condition, slice) with the conditions of one slice side by side."""
+    by_slice: dict[tuple[str, str, str], list[tuple[str, dict[str, Any]]]] = {}
+    for name, values in found.items():
+        for row in values["slices"]:
+            by_slice.setdefault((row["label"], row["slice"], row["name"]), []).append((name, row))
+    return [pair for pairs in by_slice.values() for pair in pairs]
+
+
+def _thresholds(found: dict[str, Any], head: str) -> list[str]:
+    lines = [f"At fixed thresholds on the calibrated probability (head {head}; FPR and TPR with Clopper-Pearson intervals):", ""]
     lines += ["| threshold | condition | FPR | TPR | balanced accuracy | ECE |", "|---|---|---|---|---|---|"]
     for name, values in found.items():
-        linear = values["heads"]["linear"]
-        for threshold, at in linear["at"].items():
+        overall = values["heads"][head]
+        for threshold, at in overall["at"].items():
             lines.append(
-                f"| {threshold} ({_number(at['threshold'])}) | {name} | {_number(at['fpr'])} | {_number(at['tpr'])} "
-                f"| {_interval(at['balanced_accuracy'])} | {_interval(linear['ece'])} |"
+                f"| {threshold} ({_number(at['threshold'])}) | {name} | {_rate(at, 'fpr')} | {_rate(at, 'tpr')} "
+                f"| {_interval(at['balanced_accuracy'])} | {_interval(overall['ece'])} |"
             )
+    lines += [
+        "",
+        "By source and generator: its own images that are flagged at a threshold (false positives for reals).",
+        "",
+    ]
+    names = list(next(iter(found.values()))["heads"][head]["at"])
+    columns = [f"flagged at {name}" for name in names]
+    lines += [f"| | condition | {' | '.join(columns)} | balanced accuracy at 0.5 | ECE |", "|---" * (len(columns) + 4) + "|"]
+    for name, row in _rows(found):
+        if "flagged" in row:
+            flagged = " | ".join(_interval(row["flagged"][threshold]) for threshold in names)
+            accuracy = _interval(row["at"]["probability_0.5"]["balanced_accuracy"])
+            title = f"{row['label']} {row['slice']} {row['name']}"
+            lines.append(f"| {title} | {name} | {flagged} | {accuracy} | {_interval(row['ece'])} |")
+    return [*lines, ""]
+
+
+def _ladder(report: dict[str, Any], part: str) -> list[str]:
+    rungs = [(rung["condition"], rung["parts"][part]) for rung in report["ladder"] if part in rung["parts"]]
+    if len(rungs) <= len(report["conditions"]):
+        return []
+    lines = [f"Under degradations of both classes (head {report['head']}):", ""]
+    lines += ["| condition | AUROC | TPR at FPR 1% | FPR at fpr_0.01 | TPR at fpr_0.01 |", "|---|---|---|---|---|"]
+    for name, row in rungs:
+        at = row["at"].get("fpr_0.01", {"fpr": None, "tpr": None})
+        ranking = f"{_interval(row['auroc'])} | {_interval(row['tpr_at_fpr_0.01'])}"
+        lines.append(f"| {name} | {ranking} | {_number(at['fpr'])} | {_number(at['tpr'])} |")
     return [*lines, ""]
 
 
@@ -84,16 +124,21 @@ def _calibration(bundle: Bundle, report: dict[str, Any]) -> list[str]:
         "classes weigh the same, so 0.5 means equal likelihood, and a platform with few generated images must expect most alarms "
         "to be false at that score.",
         "",
-        "| head | method | threshold | value | FPR | one-sided 95% bound | reals | TPR |",
-        "|---|---|---|---|---|---|---|---|",
+        "| head | method | threshold | value | FPR | one-sided 95% bound | reals | TPR | certified |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for head, named in manifest.thresholds.items():
         for name, t in named.items():
             lines.append(
                 f"| {head} | {manifest.calibration[head].method} | {name} | {_number(t.threshold)} | {_number(t.fpr)} "
-                f"| {_number(t.fpr_upper)} | {t.reals} | {_number(t.tpr)} |"
+                f"| {_number(t.fpr_upper)} | {t.reals} | {_number(t.tpr)} | {certification(t)} |"
             )
-    lines += ["", "To certify an FPR of 1% or 0.1% with 95% confidence takes 299 or 2,995 reals without an error.", ""]
+    lines += [
+        "",
+        "Certified: whether the bound is at or below the rate that the threshold is named after. It takes "
+        f"{trials_to_certify(0.01)} reals without an error for 1%, {trials_to_certify(0.001):,} for 0.1%.",
+        "",
+    ]
     for head, band in manifest.abstain.items():
         lines.append(f"- {head}: scores from {_number(band.low)} to {_number(band.high)} are marked uncertain.")
     return [*lines, ""]
@@ -169,6 +214,10 @@ def _ranking(row: dict[str, Any]) -> str:
 
 def _interval(measured: dict[str, Any]) -> str:
     return f"{_number(measured['value'])} ({_number(measured['low'])}-{_number(measured['high'])})"
+
+
+def _rate(at: dict[str, Any], name: str) -> str:
+    return f"{_number(at[name])} ({_number(at[f'{name}_low'])}-{_number(at[f'{name}_high'])})"
 
 
 def _number(value: float | None) -> str:

@@ -1,178 +1,251 @@
-"""Scores a bundle on validation images through `engine.detector`, by source and generator, clean and re-encoded, with intervals.
+"""Measures a bundle on validation images: report.json's content, by source and generator, clean and degraded, with intervals.
 
-What is evaluated is what ships: the bundle's own heads and calibration on a real backend. Rows of sources that the calibration
-has seen are reported apart from rows of sources that neither training nor calibration has seen.
+What is evaluated is what ships: the bundle's own heads and calibration on a real backend, cropped as serving crops. Sources that
+the calibration has seen are reported apart from sources that neither training nor calibration has seen. The fields are described
+in `train/report.schema.json` and docs/training.md.
 """
 
 from __future__ import annotations
 
 import json
 import platform as machine
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from engine.backends.base import Outputs
 from engine.detector import Detector
 from engine.heads import HEADS
 from train import metrics
-from train.augment import jpeg
-from train.data import Damage, Entry
-from train.embed import Facts, Rgb, from_files
+from train.data import Damage
+from train.ladder import BY_NAME, REPORTED
+from train.scoring import Scored
 
 REPORT_FORMAT = "code-report/1"
 RESAMPLES = 500
-BATCH = 16
+LADDER_RESAMPLES = 200
 MIN_IMAGES = 5
+PARTS = ("unseen_sources", "calibration_sources")
 
-
-def _clean(image: Image.Image) -> Image.Image:
-    return image
-
-
-def _jpeg75(image: Image.Image) -> Image.Image:
-    return jpeg(image, 75)
-
-
-CONDITIONS: dict[str, Callable[[Image.Image], Image.Image]] = {"clean": _clean, "jpeg75": _jpeg75}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scored:
-    """Raw scores float32[n, 3], calibrated probabilities float32[n, 3] and embeddings float32[n, 192] of n images."""
-
-    raw: NDArray[np.float32]
-    probability: NDArray[np.float32]
-    embedding: NDArray[np.float32]
-    facts: list[Facts]
-
-    @property
-    def labels(self) -> NDArray[np.uint8]:
-        """uint8[n], 1 = AI-generated."""
-        return np.array([f.label for f in self.facts], np.uint8)
-
-
-def score(
-    detector: Detector,
-    entries: Sequence[Entry],
-    change: Callable[[Image.Image], Image.Image],
-    damage: Damage,
-    on_image: Callable[[int], None] | None = None,
-) -> Scored:
-    """Scores of the images of `entries` after `change`, centre crops, as serving computes them."""
-    from engine.preprocess import center_crop
-
-    outputs: list[Outputs] = []
-    facts: list[Facts] = []
-    waiting: list[Rgb] = []
-
-    def flush() -> None:
-        if waiting:
-            outputs.append(detector.outputs(np.stack(waiting)))
-            waiting.clear()
-
-    for rgb, known in from_files(entries, damage):
-        waiting.append(center_crop(np.asarray(change(Image.fromarray(rgb)))))
-        facts.append(known)
-        if len(waiting) == BATCH:
-            flush()
-            if on_image is not None:
-                on_image(len(facts))
-    flush()
-    raw = np.concatenate([o.raw for o in outputs])
-    return Scored(raw, detector.calibrate(raw), np.concatenate([o.embedding for o in outputs]), facts)
+Mask = NDArray[np.bool_]
 
 
 def report(
-    detector: Detector, conditions: dict[str, Scored], calibrated_on: frozenset[str], data_digest: str, damage: Damage
+    detector: Detector,
+    conditions: dict[str, Scored],
+    calibrated_on: frozenset[str],
+    data_digest: str,
+    damage: Damage,
+    parity: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """report.json's content: plain values only; NaN becomes null."""
+    """report.json's content: plain values only; what is not defined becomes null.
+
+    conditions: by the names of `train.ladder`; those of `REPORTED` are reported whole, all of them as the ladder.
+    """
     manifest = detector.bundle.manifest
     content = {
         "format": REPORT_FORMAT,
-        "model": {"name": manifest.name, "encoder_sha256": manifest.encoder.sha256, "heads_sha256": manifest.heads.sha256},
+        "model": {
+            "name": manifest.name,
+            "version": manifest.version,
+            "encoder_sha256": manifest.encoder.sha256,
+            "heads_sha256": manifest.heads.sha256,
+        },
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "data_sha256": data_digest,
         "backend": f"{detector.backend_name} on {detector.device}",
         "machine": f"{machine.machine()}, {machine.system()}, Python {machine.python_version()}",
+        "head": detector.head,
         "crops": detector.crops,
-        "bootstrap": {"resamples": RESAMPLES, "confidence": 0.95},
+        "thresholds_for_crops": sorted({t.crops for t in detector.thresholds.values()}),
+        "bootstrap": {"resamples": RESAMPLES, "ladder_resamples": LADDER_RESAMPLES, "confidence": 0.95},
         "skipped": [list(pair) for pair in damage.skipped],
         "calibrated_on_sources": sorted(calibrated_on),
-        "conditions": {name: _condition(detector, scored, calibrated_on) for name, scored in conditions.items()},
+        "conditions": {
+            name: {part: _part(view) for part, view in _views(detector, scored, calibrated_on, RESAMPLES)}
+            for name, scored in conditions.items()
+            if name in REPORTED
+        },
+        "ladder": [_rung(detector, name, scored, calibrated_on) for name, scored in conditions.items()],
+        "parity": parity,
     }
     plain: dict[str, Any] = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return plain
 
 
-def _condition(detector: Detector, scored: Scored, calibrated_on: frozenset[str]) -> dict[str, Any]:
-    sources = np.array([f.source for f in scored.facts])
-    seen = np.isin(sources, sorted(calibrated_on))
-    parts = {"unseen_sources": ~seen, "calibration_sources": seen}
-    return {name: _part(detector, scored, mask) for name, mask in parts.items() if mask.any()}
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """Some of the images of one condition: all of one part, or one kind of image against the other class of its part."""
+
+    detector: Detector
+    scored: Scored
+    bootstrap: metrics.Bootstrap
+    resamples: int
+
+    @classmethod
+    def of(cls, detector: Detector, scored: Scored, resamples: int) -> View:
+        return cls(detector, scored, metrics.Bootstrap(scored.labels, scored.clusters, resamples=resamples), resamples)
+
+    def where(self, mask: Mask) -> View:
+        return View.of(self.detector, self.scored.where(mask), self.resamples)
+
+    @property
+    def serving(self) -> int:
+        """Column of the serving head."""
+        return HEADS.index(self.detector.head)
+
+    def probability(self, column: int) -> NDArray[np.float64]:
+        return self.scored.probability[:, column].astype(np.float64)
+
+    def measured(self, measure: metrics.Measure, scores: NDArray[np.float64]) -> dict[str, float]:
+        low, high = self.bootstrap.interval(measure, scores)
+        return {"value": measure(self.scored.labels, scores), "low": low, "high": high}
 
 
-def _part(detector: Detector, scored: Scored, mask: NDArray[np.bool_]) -> dict[str, Any]:
+def _views(detector: Detector, scored: Scored, calibrated_on: frozenset[str], resamples: int) -> Iterator[tuple[str, View]]:
+    """The parts that have images."""
+    seen = np.isin([f.source for f in scored.facts], sorted(calibrated_on))
+    for name, mask in zip(PARTS, (~seen, seen), strict=True):
+        if mask.any():
+            yield name, View.of(detector, scored.where(mask), resamples)
+
+
+def _part(view: View) -> dict[str, Any]:
+    labels = view.scored.labels
+    slices = list(_slices(view))
+    means = {
+        f"macro_auroc_over_{label}_sources": _mean(
+            s["auroc"]["value"] for s in slices if (s["slice"], s["label"]) == ("source", label) and "auroc" in s
+        )
+        for label in ("fake", "real")
+    }
+    heads = {head: _overall(view, column) for column, head in enumerate(HEADS)}
+    return {"images": _counts(labels), "heads": heads, **means, "slices": slices}
+
+
+def _slices(view: View) -> Iterator[dict[str, Any]]:
+    """One kind of image against everything of the other class in this part, by the serving head."""
+    labels, column = view.scored.labels, view.serving
+    for row, mask in kinds(view.scored):
+        if row["images"] < MIN_IMAGES:
+            yield row | {"note": "too few images"}
+            continue
+        against = view.where(mask | (labels != (row["label"] == "fake")))
+        only = view.scored.probability[mask, column].astype(np.float64)
+        yield row | _ranking(against, column) | _calibrated(against, column) | {"flagged": _flagged(against, column, only)}
+
+
+def kinds(scored: Scored) -> Iterator[tuple[dict[str, Any], Mask]]:
+    """Each source and generator of generated images and each source of reals: what it is called, and its images bool[n]."""
     labels = scored.labels
-    serving = HEADS.index(detector.head)
-    raw = scored.raw[:, serving].astype(np.float64)
     sources = np.array([f.source for f in scored.facts])
     generators = np.array([f.generator for f in scored.facts])
-    slices: list[dict[str, Any]] = []
     for kind, names, label in (("source", sources, 1), ("generator", generators, 1), ("source", sources, 0)):
-        for name in sorted(set(names[mask & (labels == label)].tolist())):
-            # One kind of image against everything of the other class in this part.
-            rows = mask & ((labels != label) | (names == name))
-            count = int((rows & (labels == label)).sum())
-            row = {"slice": kind, "name": name, "label": "fake" if label else "real", "images": count}
-            slices.append(row | (_ranking(labels[rows], raw[rows]) if count >= MIN_IMAGES else {"note": "too few images"}))
-    fakes = [s["auroc"]["value"] for s in slices if s["slice"] == "source" and s["label"] == "fake" and "auroc" in s]
-    reals = [s["auroc"]["value"] for s in slices if s["slice"] == "source" and s["label"] == "real" and "auroc" in s]
+        for name in sorted(set(names[labels == label].tolist())):
+            mask = (names == name) & (labels == label)
+            yield {"slice": kind, "name": name, "label": "fake" if label else "real", "images": int(mask.sum())}, mask
+
+
+def _overall(view: View, column: int) -> dict[str, Any]:
+    return _ranking(view, column) | _calibrated(view, column) | {"abstain": _abstain(view, column)}
+
+
+def _ranking(view: View, column: int) -> dict[str, Any]:
+    scores = view.scored.ranking(column)
     return {
-        "images": {"real": int((mask & (labels == 0)).sum()), "fake": int((mask & (labels == 1)).sum())},
-        "heads": {head: _overall(detector, scored, mask, i) for i, head in enumerate(HEADS)},
-        "macro_auroc_over_fake_sources": float(np.mean(fakes)) if fakes else None,
-        "macro_auroc_over_real_sources": float(np.mean(reals)) if reals else None,
-        "slices": slices,
+        "auroc": view.measured(metrics.auroc, scores),
+        "average_precision": view.measured(metrics.average_precision, scores),
+        "tpr_at_fpr_0.01": view.measured(metrics.tpr_at_fpr(0.01), scores),
+        "tpr_at_fpr_0.001": view.measured(metrics.tpr_at_fpr(0.001), scores),
     }
 
 
-def _overall(detector: Detector, scored: Scored, mask: NDArray[np.bool_], column: int) -> dict[str, Any]:
-    labels, head = scored.labels[mask], HEADS[column]
-    probability = scored.probability[mask, column].astype(np.float64)
-    found: dict[str, Any] = _ranking(labels, scored.raw[mask, column].astype(np.float64))
-    found["ece"] = _measured(metrics.expected_calibration_error, labels, probability)
-    thresholds = {"probability_0.5": 0.5} | {
-        name: t.threshold for name, t in detector.bundle.manifest.thresholds.get(head, {}).items()
-    }
-    found["at"] = {name: _at(labels, probability, value) for name, value in thresholds.items()}
+def _calibrated(view: View, column: int) -> dict[str, Any]:
+    probability = view.probability(column)
+    found: dict[str, Any] = {"ece": view.measured(metrics.expected_calibration_error, probability)}
+    found["at"] = {name: _at(view, probability, value) for name, value in _thresholds(view, column).items()}
     return found
 
 
-def _at(labels: NDArray[np.uint8], probability: NDArray[np.float64], threshold: float) -> dict[str, Any]:
-    flagged = probability >= threshold
-    return {
+def _thresholds(view: View, column: int) -> dict[str, float]:
+    shipped = view.detector.bundle.manifest.thresholds.get(HEADS[column], {})
+    return {"probability_0.5": 0.5} | {name: t.threshold for name, t in shipped.items()}
+
+
+def _at(view: View, probability: NDArray[np.float64], threshold: float) -> dict[str, Any]:
+    labels, flagged = view.scored.labels, probability >= threshold
+    found: dict[str, Any] = {
         "threshold": threshold,
-        "balanced_accuracy": _measured(metrics.balanced_accuracy(threshold), labels, probability),
-        "fpr": float(flagged[labels == 0].mean()) if (labels == 0).any() else None,
-        "tpr": float(flagged[labels == 1].mean()) if (labels == 1).any() else None,
+        "balanced_accuracy": view.measured(metrics.balanced_accuracy(threshold), probability),
     }
+    for name, label in (("fpr", 0), ("tpr", 1)):
+        share = _share(flagged[labels == label])
+        found |= {name: share["value"], f"{name}_low": share["low"], f"{name}_high": share["high"]}
+    return found
 
 
-def _ranking(labels: NDArray[np.uint8], scores: NDArray[np.float64]) -> dict[str, Any]:
-    return {
-        "auroc": _measured(metrics.auroc, labels, scores),
-        "average_precision": _measured(metrics.average_precision, labels, scores),
-        "tpr_at_fpr_0.01": _measured(metrics.tpr_at_fpr(0.01), labels, scores),
-        "tpr_at_fpr_0.001": _measured(metrics.tpr_at_fpr(0.001), labels, scores),
-    }
+def _flagged(view: View, column: int, only: NDArray[np.float64]) -> dict[str, Any]:
+    """Share of a kind's own images at or above each threshold: FPR of a source of reals, TPR of one of generated images."""
+    return {name: _share(only >= threshold) for name, threshold in _thresholds(view, column).items()}
 
 
-def _measured(measure: metrics.Measure, labels: NDArray[np.uint8], scores: NDArray[np.float64]) -> dict[str, float]:
-    low, high = metrics.bootstrap_interval(measure, labels, scores, resamples=RESAMPLES)
-    return {"value": measure(labels, scores), "low": low, "high": high}
+def _share(hits: Mask) -> dict[str, float | None]:
+    """A share and its two-sided Clopper-Pearson interval, every image for itself."""
+    if not len(hits):
+        return {"value": None, "low": None, "high": None}
+    low, high = metrics.clopper_pearson(int(hits.sum()), len(hits))
+    return {"value": float(hits.mean()), "low": low, "high": high}
+
+
+def _abstain(view: View, column: int) -> dict[str, Any] | None:
+    """What the band of uncertain scores costs and gains."""
+    band = view.detector.bundle.manifest.abstain.get(HEADS[column])
+    if band is None:
+        return None
+    labels, probability = view.scored.labels, view.probability(column)
+    inside = (probability >= band.low) & (probability < band.high)
+    # Scores below the band count as real, from its upper end on as generated; those inside are not counted.
+    outside = metrics.balanced_accuracy(band.high)(labels[~inside], probability[~inside])
+    shares = {name: _share(inside[labels == label])["value"] for name, label in (("real", 0), ("fake", 1))}
+    return {"low": band.low, "high": band.high, "uncertain": shares, "balanced_accuracy_outside": outside}
+
+
+def _rung(detector: Detector, name: str, scored: Scored, calibrated_on: frozenset[str]) -> dict[str, Any]:
+    rung = BY_NAME[name]
+    parts = {}
+    for part, view in _views(detector, scored, calibrated_on, LADDER_RESAMPLES):
+        labels, scores = view.scored.labels, view.scored.ranking(view.serving)
+        flagged = {name: view.probability(view.serving) >= t for name, t in _thresholds(view, view.serving).items()}
+        parts[part] = {
+            "auroc": view.measured(metrics.auroc, scores),
+            "tpr_at_fpr_0.01": view.measured(metrics.tpr_at_fpr(0.01), scores),
+            "at": {
+                name: {"fpr": _share(hits[labels == 0])["value"], "tpr": _share(hits[labels == 1])["value"]}
+                for name, hits in flagged.items()
+            },
+            "sources": [
+                {"name": row["name"], "label": row["label"], "auroc": metrics.auroc(labels[rows], scores[rows])}
+                for row, mask in kinds(view.scored)
+                if row["slice"] == "source" and row["images"] >= MIN_IMAGES
+                for rows in (mask | (labels != (row["label"] == "fake")),)
+            ],
+        }
+    return {"condition": name, "family": rung.family, "level": rung.level, "parts": parts}
+
+
+def _counts(labels: NDArray[np.uint8]) -> dict[str, int]:
+    return {"real": int((labels == 0).sum()), "fake": int((labels == 1).sum())}
+
+
+def _mean(values: Iterator[float]) -> float | None:
+    found = [value for value in values if np.isfinite(value)]
+    return float(np.mean(found)) if found else None
+
+
+def thresholds_apply(content: dict[str, Any]) -> bool:
+    """Whether the shipped thresholds were chosen for the crops that were evaluated."""
+    layouts: Sequence[str] = content.get("thresholds_for_crops", ["center"])
+    return not layouts or list(layouts) == [content["crops"]]

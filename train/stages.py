@@ -1,7 +1,7 @@
 """The steps of a training run as functions over folders: what each reads, computes and leaves behind.
 
 pretrain:  data -> OUT/store, OUT/encoder.safetensors, OUT/facts.json      probe:    OUT -> OUT/bundles/<version>-probe
-calibrate: OUT  -> OUT/bundles/<version>-calibrated                        evaluate: bundle -> OUT/report.json, OUT/report.md
+calibrate: OUT  -> OUT/bundles/<version>-calibrated                        evaluate: bundle -> OUT/report.json, OUT/report.html
 promote:   calibrated bundle + report -> MODELS/<version>, TRAINING.md, CURRENT
 """
 
@@ -24,11 +24,12 @@ from engine.calibration import Platt
 from engine.detector import Detector
 from engine.heads import HEADS
 from engine.manifest import Histogram, Parent, Reference
+from train import agreement, card, evaluate, probe, promote, replay, scoring
 from train import calibrate as calibration
-from train import card, evaluate, probe, promote, replay
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry, digest, licences, read_manifest, trained_sources
 from train.embed import Embedded, Encoder, degraded, embed, from_files, from_store, load_encoder
+from train.ladder import REPORTED, RUNGS
 from train.recipe import Recipe
 
 ENCODER_FILE = "encoder.safetensors"
@@ -180,24 +181,41 @@ def run_calibrate(out: Path, data: Path, version: str, on_image: OnCount) -> Pat
     return _replaced(out / "bundles" / f"{version}-calibrated", bundles.Draft(**{**draft, **changed, "reference": reference}))
 
 
-def run_evaluate(folder: Path, data: Path, out: Path, *, backend: str, threads: int, on_image: OnCount) -> dict[str, Any]:
-    """Evaluates a bundle on all validation images; writes OUT/report.json."""
+def run_evaluate(
+    folder: Path,
+    data: Path,
+    out: Path,
+    *,
+    backend: str,
+    threads: int,
+    on_image: OnCount,
+    head: str = "linear",
+    crops: str = "center",
+    ladder: bool = True,
+    parity: bool = True,
+    page: bool = True,
+) -> dict[str, Any]:
+    """Evaluates a bundle on all validation images; writes OUT/report.json and, with `page`, OUT/report.html.
+
+    ladder: every rung of `train.ladder`, not only clean and JPEG 75; parity: compare the backends that run here.
+    """
     entries = read_manifest(data, "val")
     damage = Damage()
-    with Detector.open(folder, backend=backend, threads=threads) as detector:
-        scored = {
-            name: evaluate.score(detector, entries, change, damage, on_image) for name, change in evaluate.CONDITIONS.items()
-        }
-        report = evaluate.report(detector, scored, trained_sources(data), digest(entries), damage)
-    replay.add(
-        out,
-        detector.bundle.manifest.encoder.sha256,
-        {
-            f"{replay.EVALUATE}{name}": Embedded(scored[name].embedding, scored[name].facts)
-            for name in replay.CONDITIONS
-            if name in scored
-        },
-    )
+    rungs = [rung for rung in RUNGS if ladder or rung.name in REPORTED]
+    with Detector.open(folder, backend=backend, threads=threads, head=head, crops=crops) as detector:
+        scored = scoring.score(detector, entries, rungs, damage, on_image)
+        agreed = agreement.measure(detector.bundle, agreement.crops_of(entries)) if parity else None
+        report = evaluate.report(detector, scored, trained_sources(data), digest(entries), damage, agreed)
+    if crops == "center":
+        replay.add(
+            out,
+            detector.bundle.manifest.encoder.sha256,
+            {
+                f"{replay.EVALUATE}{name}": Embedded(scored[name].embedding, scored[name].facts)
+                for name in replay.CONDITIONS
+                if name in scored
+            },
+        )
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "report.json.partial"
     partial.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -129,3 +129,69 @@ def test_bootstrap_holds_the_value_and_narrows_with_more_images() -> None:
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
     assert np.isnan(metrics.bootstrap_interval(metrics.auroc, np.ones(3, np.uint8), np.ones(3))[0])
+
+
+def test_clopper_pearson_inverts_the_binomial_on_both_sides() -> None:
+    from scipy.stats import binom
+
+    low, high = metrics.clopper_pearson(7, 60)
+    assert binom.sf(6, 60, low) == pytest.approx(0.025, abs=1e-9) and binom.cdf(7, 60, high) == pytest.approx(0.025, abs=1e-9)
+    assert metrics.clopper_pearson(0, 9)[0] == 0.0 and metrics.clopper_pearson(9, 9)[1] == 1.0
+
+
+@pytest.mark.parametrize(("rate", "errors"), [(0.01, 0), (0.001, 0), (0.01, 2), (0.2, 1)])
+def test_trials_to_certify_is_the_least_number(rate: float, errors: int) -> None:
+    n = metrics.trials_to_certify(rate, errors)
+    assert metrics.clopper_pearson_upper(errors, n) <= rate < metrics.clopper_pearson_upper(errors, n - 1)
+    assert errors or n == {0.01: 299, 0.001: 2995}[rate]
+
+
+def test_the_bootstrap_is_the_plain_one_where_nothing_is_clustered() -> None:
+    """The oracle resamples by hand, with the same draws."""
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 2, 40).astype(np.uint8)
+    scores = rng.normal(labels, 1.0)
+    draws, values = np.random.default_rng(9), []
+    for _ in range(60):
+        rows: list[int] = []
+        for label in (1, 0):
+            own = [i for i in range(40) if labels[i] == label]
+            rows += [own[k] for k in draws.integers(len(own), size=len(own))]
+        pairs = [(scores[f] > scores[r]) + (scores[f] == scores[r]) / 2 for f in rows for r in rows if labels[f] > labels[r]]
+        values.append(np.mean(pairs))
+    got = metrics.bootstrap_interval(metrics.auroc, labels, scores, resamples=60, seed=9)
+    assert got == pytest.approx(tuple(np.quantile(values, (0.025, 0.975))))
+
+
+def test_images_of_one_cluster_are_drawn_together() -> None:
+    labels = np.repeat([1, 0], (12, 8)).astype(np.uint8)
+    clusters = np.array([0, 5, 0, 5, 0, 5, 7, 7, 7, 8, 8, 8, *range(20, 28)])
+    rows = np.arange(20.0)
+    seen: list[set[float]] = []
+
+    def remember(_: np.ndarray, scores: np.ndarray) -> float:
+        chosen = scores[scores < 12].astype(int)
+        counts = [np.sum(chosen == i) for i in range(12)]
+        assert all(counts[i] == counts[j] for i in range(12) for j in range(12) if clusters[i] == clusters[j])
+        assert len(scores) == 20
+        seen.append(set(scores.tolist()))
+        return 0.5
+
+    assert metrics.Bootstrap(labels, clusters, resamples=50).interval(remember, rows) == (0.5, 0.5)
+    assert len({frozenset(s) for s in seen}) > 10
+
+
+def test_repeating_every_image_narrows_the_interval_only_without_clusters() -> None:
+    rng = np.random.default_rng(5)
+    labels = np.repeat([0, 1], 40).astype(np.uint8)
+    scores = rng.normal(labels, 1.0)
+    four, files = np.repeat(labels, 4), np.repeat(np.arange(80), 4)
+
+    def width(bootstrap: metrics.Bootstrap, values: np.ndarray) -> float:
+        low, high = bootstrap.interval(metrics.auroc, values)
+        return high - low
+
+    once = width(metrics.Bootstrap(labels, resamples=300), scores)
+    naive = width(metrics.Bootstrap(four, resamples=300), np.repeat(scores, 4))
+    clustered = width(metrics.Bootstrap(four, files, resamples=300), np.repeat(scores, 4))
+    assert naive < 0.65 * once and clustered == pytest.approx(once, rel=0.3)
