@@ -36,6 +36,8 @@ from worker.stages.decode import Decoder
 from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
 from worker.stages.publish import Publisher
+from worker.stages.publish_records import RecordWriter
+from worker.stages.transactions import TransactionalPublisher
 
 log = structlog.get_logger(__name__)
 
@@ -171,9 +173,10 @@ class App:
         cache = ScoreCache(settings.cache, self._metrics, clock)
         fetcher = Fetcher(settings.fetch, clock)
         decoder = Decoder(settings.decode, settings.engine.crops, self._decoder_restarted)
-        self._publisher = Publisher(settings.kafka, clock=clock)
+        self._publisher = self._open_publisher(ledger)
         stack.callback(lambda: self._publisher.close(Deadline(0.0)))
         self._consumer = Consumer(settings.kafka, ledger, self._group, clock=clock)
+        self._publisher.commit_as(self._consumer.group_metadata)
         # After a failure: nothing is committed on the way out, but the group need not wait for the session to end.
         stack.callback(lambda: self._consumer.close(Deadline(LEAVE_TIMEOUT_S, clock), commit=False))
         batcher: Batcher[Waiting] = Batcher(_batch_config(settings), clock.monotonic, observer=self._batch_ran)
@@ -188,6 +191,12 @@ class App:
         decoder.start()
         stack.callback(lambda: decoder.close(Deadline(JOIN_TIMEOUT_S)))
         self._start_threads(decoder.threads, policy)
+
+    def _open_publisher(self, ledger: Ledger) -> RecordWriter:
+        kafka = self._settings.kafka
+        if kafka.delivery == "exactly_once":
+            return TransactionalPublisher(kafka, ledger, clock=self._clock, observer=self._transaction_ended)
+        return Publisher(kafka, clock=self._clock)
 
     def _start_threads(self, decoders: int, policy: PolicyKeeper) -> None:
         pipeline = self._pipeline
@@ -255,6 +264,12 @@ class App:
 
     def _decoder_restarted(self, reason: str) -> None:
         self._metrics.decoder_restarts.labels(reason).inc()
+
+    def _transaction_ended(self, committed: bool, seconds: float) -> None:
+        """Count a transaction, which is also the commit of its offsets; called in the transactions' thread."""
+        self._metrics.transactions.labels("committed" if committed else "aborted").inc()
+        self._metrics.transaction_seconds.observe(seconds)
+        self._group.committed(committed)
 
     def _batch_ran(self, report: BatchReport) -> None:
         """Count a batch; called in the engine thread."""

@@ -1,14 +1,16 @@
-"""Faults of kafka-python 3.0.12's consumer that stop a worker for good, and how it lives with them.
+"""Faults of kafka-python 3.0.12's clients that stop a worker for good, and how it lives with them.
 
-Each is held by a test that fails without the workaround (tests/worker/stages/test_consume.py). They reach into the client's
-private parts, and do nothing where those have moved. What a broken record batch does is `batch_guard`'s.
+Each of the consumer's is held by a test that fails without the workaround (tests/worker/stages/test_consume.py). They reach
+into the client's private parts, and do nothing where those have moved. What a broken record batch does is `batch_guard`'s.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, KafkaProducer
+from kafka import errors as kafka_errors
 from kafka.future import Future
 
 
@@ -52,3 +54,13 @@ def _restore_parked(consumer: KafkaConsumer) -> None:
     fetcher: Any = getattr(consumer, "_fetcher", None)
     if getattr(fetcher, "_paused_partition_records", None) and not fetcher._next_partition_records:
         fetcher._next_partition_records = None
+
+
+def discard(producer: KafkaProducer, seconds: float) -> None:
+    """Close without waiting for what cannot be delivered: its futures fail. `close` alone raises before it would."""
+    producer._unregister_cleanup()
+    sender = producer._sender
+    sender.force_close()
+    sender.join(seconds)
+    with suppress(kafka_errors.KafkaError):
+        producer.close(timeout=0)

@@ -4,6 +4,9 @@ Records of a partition are tracked in the order they were read and finish in any
 position after the last record of the contiguous finished prefix. Offsets may have gaps (compaction, transaction
 markers): the prefix runs over tracked records, not over numbers.
 
+Where offsets are committed in transactions, a record is first *ready*: everything that is published for it is known, and
+waits. What a transaction may hold is the contiguous ready prefix: the outputs of exactly the records before its offset.
+
 A tenure is one assignment of a partition to this process. Its number (`Position.generation`) only grows, so that a
 result that arrives after its partition was revoked, even if it came back since, is told from a current one.
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from worker.items import Position
 
@@ -23,16 +27,27 @@ Partition = tuple[str, int]
 """(topic, partition); kafka-python's TopicPartition is equal to it and may be passed for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a transaction may take of one partition: the records that are ready, from the first unfinished one on."""
+
+    generation: int
+    offsets: tuple[int, ...]
+    next: int
+    """The offset to commit with them."""
+
+
 class _Tenure:
     """The records of one partition in one tenure. Not thread-safe: the ledger's lock guards it."""
 
-    __slots__ = ("abandoned", "committed", "generation", "last", "next", "open", "order")
+    __slots__ = ("abandoned", "committed", "generation", "last", "next", "open", "order", "ready")
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
         self.order: deque[int] = deque()  # offsets from the first unfinished one on, finished ones among them, ascending
         self.open: set[int] = set()  # those of them that are not finished
         self.abandoned: set[int] = set()  # of the open ones, those that nobody works on any more
+        self.ready: set[int] = set()  # of the open ones, those whose outputs wait for their transaction
         self.last: int | None = None  # the furthest offset tracked
         self.next: int | None = None  # after the contiguous finished prefix: what may be committed; None before the first
         self.committed: int | None = None  # the last offset the broker confirmed in this tenure
@@ -47,10 +62,24 @@ class _Tenure:
             return False
         self.open.remove(offset)
         self.abandoned.discard(offset)
+        self.ready.discard(offset)
         order = self.order
         while order and order[0] not in self.open:
             self.next = order.popleft() + 1
         return True
+
+    def prefix(self) -> Prefix | None:
+        offsets = []
+        following = self.next
+        for offset in self.order:
+            if offset in self.ready:
+                offsets.append(offset)
+            elif offset in self.open:
+                break
+            following = offset + 1
+        if following is None or following <= (self.committed if self.committed is not None else -1):
+            return None
+        return Prefix(self.generation, tuple(offsets), following)
 
     @property
     def span(self) -> int:
@@ -77,14 +106,15 @@ class Ledger:
         """End the tenure of each partition: results that come later are stale.
 
         Returns:
-            How many tracked records will be read again by the next owner: all that the broker holds no commit for.
+            How many records the next owner will work on again: all that the broker holds no commit for, but those that only
+            waited here (abandoned).
         """
         repeated = 0
         with self._lock:
             for partition in partitions:
                 tenure = self._tenures.pop(_key(partition), None)
                 if tenure is not None:
-                    repeated += len(tenure.order)
+                    repeated += len(tenure.order) - len(tenure.abandoned)
         return repeated
 
     def track(self, topic: str, partition: int, offset: int) -> Position:
@@ -110,6 +140,34 @@ class Ledger:
         with self._lock:
             tenure = self._tenure_of(position)
             return tenure is not None and tenure.finish(position.offset)
+
+    def ready(self, position: Position) -> bool:
+        """Everything that is published for the record is known and waits for its transaction.
+
+        Returns:
+            False where the position is of an earlier tenure, or is finished already: drop what was made of it.
+        """
+        with self._lock:
+            tenure = self._tenure_of(position)
+            if tenure is None or position.offset not in tenure.open:
+                return False
+            tenure.ready.add(position.offset)
+            return True
+
+    def take(self) -> dict[Partition, Prefix]:
+        """By partition what the next transaction may hold; no partition of which there is nothing new to commit.
+
+        Taking changes nothing: until the records are finished (`finish`, then `committed`), the same is taken again.
+        """
+        with self._lock:
+            found = {partition: tenure.prefix() for partition, tenure in self._tenures.items()}
+            return {partition: prefix for partition, prefix in found.items() if prefix is not None}
+
+    def awaited(self, partition: Partition) -> bool:
+        """Whether a revoke should wait: the first unfinished record is being worked on, so that the commit may yet advance."""
+        with self._lock:
+            tenure = self._tenures.get(_key(partition))
+            return tenure is not None and bool(tenure.order) and tenure.order[0] not in tenure.abandoned
 
     def abandon(self, position: Position) -> None:
         """Nobody works on this record any more, though it is not finished: a revoke need not wait for it.
@@ -153,6 +211,20 @@ class Ledger:
                 if tenure is not None and tenure.next is not None and offset <= tenure.next:
                     tenure.committed = max(offset, tenure.committed or -1)
 
+    def confirmed(self, taken: Mapping[Partition, Prefix]) -> None:
+        """The transaction with these prefixes was committed, and its records are finished."""
+        with self._lock:
+            for partition, prefix in taken.items():
+                tenure = self._tenures.get(partition)
+                if tenure is not None and tenure.generation == prefix.generation:
+                    tenure.committed = prefix.next
+
+    def holds(self, partition: Partition, generation: int) -> bool:
+        """Whether this tenure of the partition still lasts."""
+        with self._lock:
+            tenure = self._tenures.get(partition)
+            return tenure is not None and tenure.generation == generation
+
     def advance(self, topic: str, partition: int, offset: int) -> None:
         """Everything before `offset` was read and nothing is in flight: let it be committed (transaction markers at the end).
 
@@ -169,14 +241,6 @@ class Ledger:
         with self._lock:
             tenure = self._tenures.get(_key(partition))
             return tenure.span if tenure is not None else 0
-
-    def in_flight(self, partition: Partition | None = None) -> int:
-        """Records that somebody works on, of one partition or of all."""
-        with self._lock:
-            if partition is None:
-                return sum(len(tenure.open) - len(tenure.abandoned) for tenure in self._tenures.values())
-            tenure = self._tenures.get(_key(partition))
-            return len(tenure.open) - len(tenure.abandoned) if tenure is not None else 0
 
     def finished(self, partition: Partition) -> bool:
         """Whether no record of this partition is unfinished."""

@@ -77,6 +77,10 @@ class Metrics:
         self.build_info = _gauge("build_info", "1 for the version that runs.", registry, "version")
         self.events_duplicate = _counter("events_duplicate", "Events read again after a rebalance or restart.", registry)
         self.events_stale = _counter("events_stale", "Results dropped because their partition had been revoked.", registry)
+        self.transactions = _counter("transactions", "exactly_once: transactions ended: committed, aborted.", registry, "outcome")
+        self.transaction_seconds = _histogram(
+            "transaction_seconds", "exactly_once: one transaction, from its first record.", registry, _STAGE_BUCKETS_S
+        )
         self.shared_inferences = _counter(
             "shared_inferences", "Images that took the scores of an identical image in flight.", registry
         )
@@ -130,6 +134,8 @@ class Metrics:
             self.batches.labels(reason)
         for kind in ("assigned", "revoked", "lost"):
             self.rebalances.labels(kind)
+        for outcome in ("committed", "aborted"):
+            self.transactions.labels(outcome)
         for status in ("ok", "failed"):
             self.commits.labels(status)
             self.bundle_swaps.labels(status)

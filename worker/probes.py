@@ -56,7 +56,12 @@ def kafka(settings: KafkaSettings, timeout_s: float) -> list[Finding]:
             for name, operations in needs.items():
                 findings.append(_topic(settings, name, topics.get(name), operations))
             present = [name for name in needs if (topics.get(name) or {}).get("error_code") == 0]
-            return findings + _sizes(settings, _limits(admin, present))
+            configs = _configs(admin, present)
+            findings += _sizes(settings, _numbers(configs, "max.message.bytes"))
+            findings += _durability(settings, nodes, topics, _numbers(configs, "min.insync.replicas"))
+            if settings.delivery == "exactly_once":
+                findings.append(_transactions(settings, admin))
+            return findings
     except FatalError as error:
         return [Finding(PROBLEM, "broker", problem) for problem in _lines(error)]
     except KafkaError as error:
@@ -87,19 +92,89 @@ def _topic(settings: KafkaSettings, name: str, topic: Mapping[str, Any] | None, 
     return Finding(OK, "topic", f"{name}: {count} partition{'s' if count != 1 else ''}")
 
 
-def _limits(admin: KafkaAdminClient, topics: list[str]) -> dict[str, int] | None:
-    """`max.message.bytes` by topic; None where the broker does not tell."""
+def _configs(admin: KafkaAdminClient, topics: list[str]) -> dict[str, Any]:
+    """The settings of each topic; empty where the broker does not tell."""
     from kafka.admin import ConfigResource, ConfigResourceType
     from kafka.errors import KafkaError
 
     try:
         answer = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name) for name in topics], config_filter="all")
-        return {name: int(values["max.message.bytes"]["value"]) for name, values in answer.get("topic", {}).items()}
+        return dict(answer.get("topic", {}))
     except (KafkaError, KeyError, TypeError, ValueError):
-        return None  # brokers that are no Apache Kafka, and users who may not ask
+        return {}  # brokers that are no Apache Kafka, and users who may not ask
 
 
-def _sizes(settings: KafkaSettings, limits: dict[str, int] | None) -> list[Finding]:
+def _numbers(configs: dict[str, Any], name: str) -> dict[str, int]:
+    """A setting by topic, where the broker tells it."""
+    found = {}
+    for topic, values in configs.items():
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            found[topic] = int(values[name]["value"])
+    return found
+
+
+def _durability(
+    settings: KafkaSettings, nodes: int, topics: Mapping[str, Mapping[str, Any]], min_insync: dict[str, int]
+) -> list[Finding]:
+    """What is acknowledged must outlive a broker: more than one replica, and more than one of them in sync."""
+    findings = []
+    for name in (settings.verdict_topic, settings.retry_topic, settings.dead_letter_topic):
+        partitions = (topics.get(name) or {}).get("partitions") or []
+        replicas = min((len(partition["replica_nodes"]) for partition in partitions), default=0)
+        if not replicas:
+            continue
+        if replicas < 2 or min_insync.get(name, 2) < 2:
+            findings.append(
+                Finding(
+                    NOTE,
+                    "replicas",
+                    f"{name}: {replicas} replica{'s' if replicas != 1 else ''}, min.insync.replicas {min_insync.get(name, '?')}:"
+                    " a record can be acknowledged and lost with one broker",
+                )
+            )
+        elif min_insync.get(name, 1) >= replicas:
+            findings.append(
+                Finding(
+                    NOTE,
+                    "replicas",
+                    f"{name}: min.insync.replicas {min_insync[name]} of {replicas}: publishing stops while one broker is away",
+                )
+            )
+    if nodes < 2 and findings:
+        return [Finding(NOTE, "replicas", "one broker: a record can be acknowledged and lost with it")]
+    return findings
+
+
+def _transactions(settings: KafkaSettings, admin: KafkaAdminClient) -> Finding:
+    """Whether the broker has transactions, and this user may use the worker's transactional ids."""
+    from kafka.errors import KafkaError, TransactionalIdAuthorizationFailedError, TransactionalIdNotFoundError
+
+    from worker import kafka_clients
+    from worker.kafka_transactions import missing_apis, transactional_id
+
+    setting = f"{environment_name('kafka', 'delivery')}=exactly_once"
+    name = transactional_id(settings)
+    missing = missing_apis(admin._manager.broker_version_data)
+    if missing:
+        return Finding(PROBLEM, "exactly", f"{setting}: the broker has no transactions (it lacks {', '.join(missing)})")
+    try:
+        admin.describe_transactions([name])
+    except TransactionalIdNotFoundError:
+        pass  # nobody has used the name yet
+    except TransactionalIdAuthorizationFailedError:
+        return Finding(
+            PROBLEM, "exactly", f"{setting}: this user may not use transactional ids that begin with {settings.group_id}-"
+        )
+    except KafkaError as error:
+        return Finding(
+            NOTE, "exactly", f"{setting}: the transaction coordinator does not answer: {kafka_clients.describe(error)}"
+        )
+    return Finding(
+        OK, "exactly", f"{setting}: transactional id {settings.group_id}-{settings.group_instance_id or '<host>-<random>'}"
+    )
+
+
+def _sizes(settings: KafkaSettings, limits: dict[str, int]) -> list[Finding]:
     """Largest records of broker and worker, side by side; broker limits are of compressed batches."""
     if not limits:
         return [Finding(NOTE, "sizes", "the broker does not tell its limits on records; compare max.message.bytes yourself")]

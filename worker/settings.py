@@ -52,6 +52,9 @@ class KafkaSettings(_Group):
     delivery: Literal["at_least_once", "exactly_once"] = Field(
         "at_least_once", description="how verdicts and offsets are tied together"
     )
+    transaction_timeout_ms: int = Field(
+        20_000, ge=1_000, description="exactly_once: how long the broker keeps a dead worker's transaction, and its readers, open"
+    )
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
         "PLAINTEXT", description="as in Kafka clients"
     )
@@ -265,6 +268,10 @@ class Settings(BaseSettings):
         if self.shutdown.drain_s * 1000 >= self.kafka.max_poll_interval_ms:
             raise ValueError(
                 "shutdown.drain_s must be shorter than kafka.max_poll_interval_ms, or the group expels a draining worker"
+            )
+        if self.kafka.delivery == "exactly_once" and self.kafka.transaction_timeout_ms >= self.kafka.max_poll_interval_ms:
+            raise ValueError(
+                "kafka.transaction_timeout_ms must be shorter than kafka.max_poll_interval_ms, or it outlives its member"
             )
         if self.kafka.security_protocol.startswith("SASL") and self.kafka.sasl_mechanism is None:
             raise ValueError(f"kafka.sasl_mechanism is required with security_protocol {self.kafka.security_protocol}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from worker.items import Position
-from worker.ledger import Ledger, Partition
+from worker.ledger import Ledger, Partition, Prefix
 
 PARTITIONS: list[Partition] = [("a", 0), ("a", 1), ("b", 0)]
 
@@ -29,7 +30,8 @@ class Model:
 
     def end(self, partition: Partition) -> int:
         prefix = self.prefix_length(partition)
-        repeated = len(self.records.pop(partition, [])) - prefix
+        behind = self.records.pop(partition, [])[prefix:]
+        repeated = sum(finished or not abandoned for _, finished, abandoned in behind)
         self.committed.pop(partition, None)
         return repeated
 
@@ -58,8 +60,10 @@ class Model:
         length = self.prefix_length(partition)
         return 0 if length == len(records) else int(records[-1][0]) - int(records[length][0]) + 1
 
-    def in_flight(self, partition: Partition) -> int:
-        return sum(not finished and not abandoned for _, finished, abandoned in self.records.get(partition, []))
+    def awaited(self, partition: Partition) -> bool:
+        """Whether the first record that is not finished is being worked on."""
+        behind = self.records.get(partition, [])[self.prefix_length(partition) :]
+        return bool(behind) and not behind[0][2]
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -155,7 +159,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def agrees_with_the_model(self) -> None:
         for partition in PARTITIONS:
             assert self.ledger.span(partition) == self.model.span(partition)
-            assert self.ledger.in_flight(partition) == self.model.in_flight(partition)
+            assert self.ledger.awaited(partition) == self.model.awaited(partition)
             assert self.ledger.finished(partition) == (self.model.span(partition) == 0)
         assert set(self.ledger.spans()) == set(self.tenures)
 
@@ -168,6 +172,116 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedger = LedgerMachine.TestCase
 TestLedger.settings = hypothesis_settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+class TransactionMachine(RuleBasedStateMachine):
+    """Two members and a broker with transactions: every output becomes visible once, whatever comes between.
+
+    The broker is modelled by what it promises: outputs and offsets of a transaction become visible together, and only for
+    a member of the current generation of the group (KIP-447). A transaction is begun, and ends two rules later at the
+    earliest, so that revokes, restarts and further records fall in between.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broker: dict[Partition, int] = {}
+        self.visible: Counter[tuple[Partition, int]] = Counter()
+        self.generation = 0
+        self.owner: dict[Partition, int] = {}
+        self.ledgers = [Ledger(), Ledger()]
+        self.reading_at: dict[Partition, int] = {}
+        self.working: list[list[Position]] = [[], []]
+        self.open: list[tuple[int, dict[Partition, Prefix]] | None] = [None, None]
+
+    @rule(partition=st.sampled_from(PARTITIONS), to=st.sampled_from([0, 1, None]))
+    def move(self, partition: Partition, to: int | None) -> None:
+        """A rebalance: the old owner's tenure ends, the new one begins where the group's commit stands."""
+        owner = self.owner.pop(partition, None)
+        if owner is not None:
+            self.ledgers[owner].revoke([partition])
+        self.generation += 1
+        if to is not None:
+            self.owner[partition] = to
+            self.ledgers[to].assign([partition])
+            self.reading_at[partition] = self.broker.get(partition, 0)
+
+    @precondition(lambda self: self.owner)
+    @rule(data=st.data(), records=st.integers(1, 4))
+    def read(self, data: st.DataObject, records: int) -> None:
+        """Every fifth offset is a gap, as a transaction marker leaves one."""
+        partition = data.draw(st.sampled_from(sorted(self.owner)))
+        for _ in range(records):
+            offset = self.reading_at[partition]
+            self.reading_at[partition] = offset + 1
+            owner = self.owner[partition]
+            if offset % 5 != 4:
+                self.working[owner].append(self.ledgers[owner].track(*partition, offset))
+
+    @rule(member=st.sampled_from([0, 1]), rng=st.randoms(use_true_random=False), count=st.integers(1, 6))
+    def complete(self, member: int, rng: random.Random, count: int) -> None:
+        """Outputs are known in any order; those of an ended tenure are dropped."""
+        working = self.working[member]
+        rng.shuffle(working)
+        done, self.working[member] = working[:count], working[count:]
+        for position in done:
+            assert self.ledgers[member].ready(position) is self.ledgers[member].current(position)
+
+    @rule(member=st.sampled_from([0, 1]))
+    def begin(self, member: int) -> None:
+        """The generation is looked at before the prefix is taken: the other order would lose the fence."""
+        if self.open[member] is None:
+            generation = self.generation
+            self.open[member] = (generation, self.ledgers[member].take())
+
+    @rule(member=st.sampled_from([0, 1]), fails=st.booleans())
+    def end(self, member: int, fails: bool) -> None:
+        transaction, self.open[member] = self.open[member], None
+        if transaction is None or fails or transaction[0] != self.generation:
+            return  # aborted: the next one takes the same again, or what is left of it
+        for partition, prefix in transaction[1].items():
+            assert prefix.next > self.broker.get(partition, 0)
+            self.broker[partition] = prefix.next
+            self.visible.update((partition, offset) for offset in prefix.offsets)
+            for offset in prefix.offsets:
+                assert self.ledgers[member].finish(Position(*partition, offset, prefix.generation))
+        self.ledgers[member].confirmed(transaction[1])
+
+    @rule(member=st.sampled_from([0, 1]))
+    def crash(self, member: int) -> None:
+        """Its open transaction is aborted; its partitions are nobody's until they are moved."""
+        self.ledgers[member], self.working[member], self.open[member] = Ledger(), [], None
+        self.owner = {partition: owner for partition, owner in self.owner.items() if owner != member}
+        self.generation += 1
+
+    @invariant()
+    def each_output_is_visible_at_most_once_and_just_those_before_the_commit(self) -> None:
+        assert not self.visible or max(self.visible.values()) == 1
+        for partition, offset in self.visible:
+            assert offset < self.broker[partition]
+
+    def teardown(self) -> None:
+        """Left alone, the group finishes what was ever read, and no record before a commit is missing."""
+        ends = dict(self.reading_at)
+        for partition in PARTITIONS:
+            self.move(partition, 0)
+        self.open = [None, None]
+        for partition, end in ends.items():
+            while self.reading_at[partition] <= end:
+                offset = self.reading_at[partition]
+                self.reading_at[partition] = offset + 1
+                if offset % 5 != 4:
+                    self.working[0].append(self.ledgers[0].track(*partition, offset))
+        self.complete(0, random.Random(0), 10_000)
+        self.begin(0)
+        self.end(0, fails=False)
+        self.each_output_is_visible_at_most_once_and_just_those_before_the_commit()
+        for partition, end in ends.items():
+            assert self.broker[partition] >= end
+            assert all(self.visible[(partition, offset)] for offset in range(self.broker[partition]) if offset % 5 != 4)
+
+
+TestTransactions = TransactionMachine.TestCase
+TestTransactions.settings = hypothesis_settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
 def test_gaps_in_offsets_are_bridged() -> None:
@@ -205,6 +319,42 @@ def test_a_log_that_was_cut_begins_a_new_tenure() -> None:
     assert ledger.finish(old) is False
     assert ledger.finish(new)
     assert ledger.committable() == {("a", 0): 41}
+
+
+def test_what_a_transaction_takes_stops_at_the_first_record_that_is_not_ready() -> None:
+    ledger = Ledger()
+    ledger.assign([("a", 0)])
+    positions = [ledger.track("a", 0, offset) for offset in (3, 4, 7, 8)]
+    for position in (positions[0], positions[1], positions[3]):
+        assert ledger.ready(position)
+    (prefix,) = ledger.take().values()
+    assert (prefix.offsets, prefix.next) == ((3, 4), 5)
+    assert ledger.take() == {("a", 0): prefix}  # an aborted one takes the same again
+    for position in positions[:2]:
+        assert ledger.finish(position)
+    ledger.confirmed({("a", 0): prefix})
+    assert ledger.take() == {}
+    ledger.abandon(positions[2])
+    assert not ledger.awaited(("a", 0))  # 8 is ready, but cannot be committed before 7
+    ledger.resume(positions[2])
+    assert ledger.awaited(("a", 0))
+    ledger.ready(positions[2])
+    assert ledger.take()[("a", 0)].next == 9
+
+
+def test_a_transaction_of_an_earlier_tenure_confirms_nothing() -> None:
+    ledger = Ledger()
+    ledger.assign([("a", 0)])
+    position = ledger.track("a", 0, 100)
+    ledger.ready(position)
+    taken = ledger.take()
+    assert ledger.holds(("a", 0), position.generation)
+    ledger.revoke([("a", 0)])
+    ledger.assign([("a", 0)])
+    assert not ledger.holds(("a", 0), position.generation)
+    ledger.ready(ledger.track("a", 0, 40))
+    ledger.confirmed(taken)
+    assert ledger.take()[("a", 0)].next == 41
 
 
 def test_a_commit_of_an_earlier_tenure_hides_nothing() -> None:

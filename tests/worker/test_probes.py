@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka import errors as kafka_errors
 
 from tests.engine.bundles import random_bundle
-from worker import probes
-from worker.settings import EngineSettings, PolicySettings, Settings
+from worker import kafka_transactions, probes
+from worker.settings import EngineSettings, KafkaSettings, PolicySettings, Settings
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,65 @@ def test_a_damaged_bundle_is_named(folder: Path, tmp_path: Path) -> None:
     (finding,) = [f for f in found(damaged) if f[1] != "policy"]
     assert finding[:2] == ("problem", "bundle")
     assert "heads.safetensors" in finding[2]
+
+
+def replicated(replicas: int) -> dict[str, dict[str, Any]]:
+    return {"image.verdicts": {"partitions": [{"replica_nodes": list(range(replicas))}]}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "replicas", "min_insync", "said"),
+    [
+        (3, 3, {"image.verdicts": 2}, None),
+        (3, 1, {"image.verdicts": 1}, "1 replica, min.insync.replicas 1: a record can be acknowledged and lost"),
+        (3, 3, {"image.verdicts": 1}, "3 replicas, min.insync.replicas 1: a record can be acknowledged and lost"),
+        (3, 3, {"image.verdicts": 3}, "publishing stops while one broker is away"),
+        (1, 1, {}, "one broker"),
+        (3, 3, {}, None),
+    ],
+)
+def test_topics_that_do_not_outlive_a_broker_are_named(
+    nodes: int, replicas: int, min_insync: dict[str, int], said: str | None
+) -> None:
+    findings = probes._durability(KafkaSettings(), nodes, replicated(replicas), min_insync)
+    assert [finding.level for finding in findings] == ([] if said is None else ["note"])
+    assert said is None or said in findings[0].message
+
+
+class Admin:
+    """Answers as a broker with these requests, and this error to a question for a transactional id."""
+
+    def __init__(self, apis: list[int], error: Exception | None = None) -> None:
+        self._manager = type("Manager", (), {"broker_version_data": type("Data", (), {"api_versions": dict.fromkeys(apis)})})
+        self._error = error
+
+    def describe_transactions(self, names: list[str]) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "said"),
+    [
+        (None, "ok", "code-worker-<host>-<random>"),
+        (kafka_errors.TransactionalIdNotFoundError(), "ok", "code-worker-"),
+        (
+            kafka_errors.TransactionalIdAuthorizationFailedError(),
+            "problem",
+            "may not use transactional ids that begin with code-worker-",
+        ),
+        (kafka_errors.CoordinatorNotAvailableError(), "note", "does not answer"),
+    ],
+)
+def test_whether_this_user_may_use_transactions(error: Exception | None, level: str, said: str) -> None:
+    finding = probes._transactions(
+        KafkaSettings(delivery="exactly_once"), Admin([*kafka_transactions.NEEDED_APIS.values()], error)
+    )
+    assert finding.level == level
+    assert said in finding.message
+
+
+def test_a_broker_without_transactions_is_a_problem() -> None:
+    finding = probes._transactions(KafkaSettings(delivery="exactly_once"), Admin([0, 1, 22]))
+    assert finding.level == "problem"
+    assert "it lacks AddPartitionsToTxn" in finding.message

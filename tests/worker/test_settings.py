@@ -133,3 +133,12 @@ def test_secrets_never_appear_in_problems() -> None:
 def test_the_readme_lists_every_setting() -> None:
     readme = Path("README.md").read_text()
     assert settings_table.rewritten(readme) == readme, "run: python -m worker.settings_table"
+
+
+def test_a_transaction_may_not_outlive_its_member() -> None:
+    (problem,) = problems(
+        WORKER_KAFKA__DELIVERY="exactly_once",
+        WORKER_KAFKA__TRANSACTION_TIMEOUT_MS="60000",
+        WORKER_KAFKA__MAX_POLL_INTERVAL_MS="60000",
+    )
+    assert "transaction_timeout_ms must be shorter than kafka.max_poll_interval_ms" in problem

@@ -100,6 +100,7 @@ class Consumer:
         self._ledger = ledger
         self._observer = observer or ConsumerObserver()
         self._clock = clock or SystemClock()
+        self._transactional = settings.delivery == "exactly_once"
         self._held: set[str] = set()
         self._paused: set[Partition] = set()
         self._full = False
@@ -168,7 +169,7 @@ class Consumer:
         return found
 
     def group_metadata(self) -> ConsumerGroupMetadata:
-        """Generation and member of this consumer, for offsets in a transaction (KIP-447)."""
+        """Generation and member of this consumer, for offsets in a transaction (KIP-447). From any thread: a snapshot."""
         return self._raw.group_metadata()
 
     def _apply_pauses(self, room: int) -> int:
@@ -233,7 +234,11 @@ class Consumer:
 
         Returns:
             Whether everything that is finished is committed.
+
+        With `delivery=exactly_once` there is nothing to do: offsets are committed by transactions, and only there.
         """
+        if self._transactional:
+            return True
         while True:
             self._harvest()
             offsets = self._ledger.committable()
@@ -314,11 +319,11 @@ class Consumer:
         self._paused -= partitions
         self._observer.revoking(partitions)
         deadline = self._revoke_deadline(self._settings.max_poll_interval_ms / 1000 / REVOKE_WAIT_SHARE)
-        while self._may_commit and any(self._ledger.in_flight(partition) for partition in partitions):
+        while self._may_commit and any(self._ledger.awaited(partition) for partition in partitions):
             if deadline.expired():
                 break
             await self._raw._net.sleep(REVOKE_CHECK_S)
-        if self._may_commit:
+        if self._may_commit and not self._transactional:
             await self._commit_revoked(partitions)
         self._observer.rebalanced("revoked", partitions, self._ledger.revoke(partitions))
 

@@ -26,9 +26,10 @@ from kafka import errors as kafka_errors
 from worker.clock import Clock, Deadline, SystemClock
 from worker.errors import DependencyError, FatalError
 from worker.kafka_clients import describe, open_producer
+from worker.kafka_workarounds import discard
 from worker.outcomes import Receipts
 from worker.settings import KafkaSettings
-from worker.stages.publish_records import REFUSALS, TOO_LARGE, RecordWriter, Sending, discard, send_to
+from worker.stages.publish_records import REFUSALS, TOO_LARGE, RecordWriter, Sending, send_to
 
 log = structlog.get_logger()
 

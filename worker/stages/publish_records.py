@@ -10,12 +10,10 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
-from kafka import KafkaProducer
 from kafka import errors as kafka_errors
 
 from worker import envelopes
@@ -24,6 +22,9 @@ from worker.errors import DependencyError
 from worker.items import Delivery, Headers, Record
 from worker.outcomes import Receipts
 from worker.settings import KafkaSettings
+
+if TYPE_CHECKING:
+    from kafka.coordinator.base import ConsumerGroupMetadata
 
 log = structlog.get_logger()
 
@@ -184,6 +185,10 @@ class RecordWriter(ABC):
                 and not self._undelivered
             )
 
+    def commit_as(self, membership: Callable[[], ConsumerGroupMetadata | None]) -> None:
+        """In whose name a transaction commits offsets; nothing to know where the consumer commits them itself."""
+        del membership
+
     @abstractmethod
     def close(self, deadline: Deadline) -> bool:
         """Flush, then stop. What is undelivered at the deadline is given up: it was not committed and comes again.
@@ -233,23 +238,23 @@ class RecordWriter(ABC):
         return False
 
 
-def send_to(producer: KafkaProducer, sending: Sending) -> Any:
+class Producer(Protocol):
+    """What sends: kafka-python's producer, and ours around it."""
+
+    def send(self, topic: str, value: bytes | None, key: bytes | None, headers: Any, partition: int | None = None) -> Any:
+        """The future of a record."""
+
+    def partitions_for(self, topic: str) -> set[int]:
+        """The topic's partitions."""
+
+
+def send_to(producer: Producer, sending: Sending) -> Any:
     """Hand over to the client; its future. A long key is placed by its CRC: the client hashes in pure Python, 5 MB a second."""
     partition = None
     if sending.key is not None and len(sending.key) > LONG_KEY_BYTES:
         partitions = sorted(producer.partitions_for(sending.topic))
         partition = int(partitions[zlib.crc32(sending.key) % len(partitions)])
     return producer.send(sending.topic, sending.value, sending.key, sending.headers, partition=partition)
-
-
-def discard(producer: KafkaProducer, seconds: float) -> None:
-    """Close without waiting for what cannot be delivered: its futures fail. `close` alone raises before it would."""
-    producer._unregister_cleanup()
-    sender = producer._sender
-    sender.force_close()
-    sender.join(seconds)
-    with suppress(kafka_errors.KafkaError):
-        producer.close(timeout=0)
 
 
 def _shrink_verdict(sending: Sending) -> bool:
