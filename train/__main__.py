@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--autoencoder", type=Path, help="folder of the tiny autoencoder, for aligned fakes; default: upsampling artefacts"
     )
+    one.add_argument("--start", type=Path, help="encoder.safetensors of an earlier run to go on from, instead of from scratch")
     one.add_argument("--workers", type=_at_least(0), default=1, help="loader processes (0: none)")
     one.add_argument("--threads", type=_at_least(1), default=1, help="torch's CPU threads; one is the best on shared cores")
     one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
@@ -164,8 +165,8 @@ def _counter(what: str, every: int = 500):  # type: ignore[no-untyped-def]
 def _pretrain(args: argparse.Namespace) -> int:
     import torch
 
+    from train import pool, stages, store
     from train import recipe as recipes
-    from train import stages, store
     from train.data import read_manifest
     from train.pretrain import Run, process_group, train
 
@@ -177,10 +178,12 @@ def _pretrain(args: argparse.Namespace) -> int:
         if rank == 0:
             built, damage = store.build(entries, args.out / "store", _reconstruction(args), _counter("decoded"))
             _say(f"store: {len(built.items)} images; {damage}")
+            if recipe.pool_copies:
+                pool.build(args.out / "store", args.out / "store" / "pool", recipe.pool_copies, _counter("pool"))
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         opened = store.PixelStore(args.out / "store")
-        run = Run(recipe, args.out / "store", args.out, args.device)
+        run = Run(recipe, args.out / "store", args.out, args.device, stages.encoder_module(args.start) if args.start else None)
         if run.resume():
             _say(f"resumed at step {run.step} of {recipe.steps}")
         if not args.export:
@@ -194,6 +197,7 @@ def _pretrain(args: argparse.Namespace) -> int:
                 recipe_sha256=recipe.digest,
                 encoder_sha256=sha256,
                 pretrain_command=_pretrain_command(args, run.step if run.step < recipe.steps else None),
+                earlier=stages.earlier_run(args.start) if args.start else [],
             )
             _say(f"{args.out / stages.ENCODER_FILE}: the averaged encoder after {run.step} steps")
     return DONE
@@ -287,7 +291,7 @@ def _promote(args: argparse.Namespace) -> int:
 
     stages.read_facts(args.out)
     facts = stages.write_facts(args.out, notes=args.note)
-    commands = [str(facts["pretrain_command"])]
+    commands = [*facts.get("earlier", []), str(facts["pretrain_command"])]
     for command, needs in (("probe", ""), ("calibrate", " --data $CORPUS"), ("evaluate", " --data $CORPUS")):
         given = facts.get(f"{command}_arguments", "")
         commands.append(f"python -m train {command}{needs} --out $RUN --version {shlex.quote(args.version)}{given}")
@@ -316,6 +320,8 @@ def _pretrain_command(args: argparse.Namespace, stopped_at: int | None) -> str:
     text = f"python -m train pretrain --data $CORPUS --out $RUN --recipe train/recipes/{args.recipe.name}"
     if args.autoencoder is not None:
         text += " --autoencoder $AUTOENCODER"
+    if args.start is not None:
+        text += " --start $EARLIER/encoder.safetensors"
     return text if stopped_at is None else f"{text} --stop-after {stopped_at}"
 
 

@@ -16,6 +16,8 @@ Variant = Literal["paper", "as_released"]
 VARIANTS: tuple[Variant, ...] = ("paper", "as_released")
 TEMPERATURE = 0.1
 GEOMETRIES = ("paper", "native")
+# Fields that came later count in the digest only where they are set, so that older checkpoints still resume.
+_ADDED = ("pool_copies",)
 
 
 class RecipeError(Exception):
@@ -47,7 +49,8 @@ class Recipe:
     """Defaults are the paper's where the paper has one (arXiv 2407.20337, section 4.1).
 
     whitened_filters: how many of the 192 patch filters start as in `train.initial`. source_balance: exponent of a source's size
-    in drawing. cross_entropy_weight: of a linear classifier on all views, which the paper does not have. ema_decay: of the
+    in drawing. pool_copies: crops of each image that are augmented once beforehand (`train.pool`), instead of anew in every step;
+    0: none. cross_entropy_weight: of a linear classifier on all views, which the paper does not have. ema_decay: of the
     averaged weights that become the encoder.
     """
 
@@ -66,6 +69,7 @@ class Recipe:
     ema_decay: float = 0.0
     source_balance: float = 0.5
     whitened_filters: int = 0
+    pool_copies: int = 0
     bf16: bool = True
     compile: bool = False
 
@@ -84,7 +88,7 @@ class Recipe:
     @property
     def digest(self) -> str:
         """SHA-256 of all fields but the name: what a checkpoint belongs to."""
-        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name"}
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and (key not in _ADDED or value)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,6 +138,8 @@ def _filled(kind: Any, values: dict[str, Any], where: str) -> Any:
 def _check(recipe: Recipe, path: Path) -> None:
     if recipe.loss not in VARIANTS:
         raise RecipeError(f"{path}: loss must be one of {', '.join(VARIANTS)}, not {recipe.loss!r}")
+    if recipe.pool_copies < 0:
+        raise RecipeError(f"{path}: pool_copies must be 0 or more")
     for i, phase in enumerate(recipe.phases):
         where = f"{path}: phases[{i}]"
         if phase.geometry not in GEOMETRIES:

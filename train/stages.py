@@ -87,6 +87,24 @@ def save_encoder(weights: Mapping[str, Any], out: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def encoder_module(path: Path) -> Any:
+    """The encoder of an earlier run as a module to go on training; raises DataError naming the file."""
+    import torch
+
+    from engine.model import VisionTransformer
+
+    module = VisionTransformer(LAYER_NORM_EPS)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in load_encoder(path).items()})
+    return module
+
+
+def earlier_run(path: Path) -> list[str]:
+    """How the run that left `path` was given, as commands whose folder is $EARLIER; empty where it left no facts."""
+    facts = read_facts(path.parent) if (path.parent / FACTS_FILE).exists() else {}
+    given = [*facts.get("earlier", []), facts["pretrain_command"]] if "pretrain_command" in facts else []
+    return [command.replace("$EARLIER", "$EARLIER_STILL").replace("$RUN", "$EARLIER") for command in given]
+
+
 def hardware() -> str:
     """The machine in words: processor and usable cores, GPU if there is one."""
     import torch

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from train import pool
 from train.augment import PRESETS, jpeg_tables
 from train.recipe import Phase, Recipe
 from train.store import Item, PixelStore, Rgb
@@ -43,8 +44,8 @@ class Batch:
 class Sampler:
     """Draws the images of a step, balanced over sources, with aligned fakes beside their own reals."""
 
-    def __init__(self, store: PixelStore, balance: float) -> None:
-        self.store = store
+    def __init__(self, store: PixelStore, balance: float, pool: NDArray[np.uint8] | None = None) -> None:
+        self.store, self.pool = store, pool
         partners = {item.pair: i for i, item in enumerate(store.items) if item.pair >= 0}
         self._partner = partners
         self._reals = _Balanced([i for i, item in enumerate(store.items) if not item.label], store, balance)
@@ -97,6 +98,9 @@ def batch_at(sampler: Sampler, recipe: Recipe, step: int, rank: int = 0) -> Batc
             item = sampler.store.items[number]
             # The seed's slot is the pair's, so that a real and its aligned fake draw alike.
             shared = slot if side == 0 or item.pair >= 0 else phase.records + slot
+            if sampler.pool is not None:
+                _fill_from_pool(sampler.pool[number], phase.tokens, (recipe.seed, rank, step, shared), patches, index, side, slot)
+                continue
             base = base_image(sampler.store, item, np.random.default_rng((recipe.seed, rank, step, shared, 9)))
             for v, view in enumerate(VIEWS):
                 rng = np.random.default_rng((recipe.seed, rank, step, shared, v))
@@ -111,6 +115,24 @@ def batch_at(sampler: Sampler, recipe: Recipe, step: int, rank: int = 0) -> Batc
         phase.records,
         step,
     )
+
+
+def _fill_from_pool(
+    copies: NDArray[np.uint8],
+    tokens: int,
+    seed: tuple[int, ...],
+    patches: NDArray[np.uint8],
+    index: NDArray[np.int64],
+    side: int,
+    slot: int,
+) -> None:
+    """Four views of one image from its copies uint8[copies, 224, 224, 3] in the pool, different ones as far as they go."""
+    order = np.random.default_rng((*seed, 9)).permutation(len(copies))
+    for v, view in enumerate(VIEWS):
+        places = _places(view, tokens, np.random.default_rng((*seed, v)))
+        index[v, side, slot] = places
+        grid = copies[order[v % len(order)]].reshape(GRID, PATCH_PX, GRID, PATCH_PX, 3)
+        patches[v, side, slot] = grid[places // GRID, :, places % GRID].transpose(0, 3, 1, 2)
 
 
 def patchified(crop: Rgb) -> Rgb:
@@ -131,7 +153,7 @@ def base_image(store: PixelStore, item: Item, rng: np.random.Generator) -> Image
 def _native(base: Image.Image, view: str, phase: Phase, strength: float, rng: np.random.Generator) -> Rgb:
     """Crops at native resolution, never resized to fit: what serving does. Augmentation precedes the crop."""
     image = base if view == "plain" else PRESETS[phase.preset](base, rng, strength)
-    return _random_crop(image, rng)
+    return random_crop(image, rng)
 
 
 def _paper(base: Image.Image, view: str, phase: Phase, strength: float, rng: np.random.Generator) -> Rgb:
@@ -162,7 +184,7 @@ def _resized_crop(image: Image.Image, scale: tuple[float, float], rng: np.random
     return image.resize((CROP_PX, CROP_PX), _BICUBIC)
 
 
-def _random_crop(image: Image.Image, rng: np.random.Generator) -> Rgb:
+def random_crop(image: Image.Image, rng: np.random.Generator) -> Rgb:
     """uint8[224, 224, 3] at a random place; a side that is too short is padded with black, the image in the middle."""
     left = int(rng.integers(max(1, image.width - CROP_PX + 1)))
     top = int(rng.integers(max(1, image.height - CROP_PX + 1)))
@@ -203,7 +225,9 @@ def loader(store_folder: Path, recipe: Recipe, first_step: int, rank: int = 0, w
 
         def __getitem__(self, step: int) -> Batch:
             if self._sampler is None:
-                self._sampler = Sampler(PixelStore(store_folder), recipe.source_balance)
+                store = PixelStore(store_folder)
+                crops = pool.opened(store, store_folder / "pool", recipe.pool_copies) if recipe.pool_copies else None
+                self._sampler = Sampler(store, recipe.source_balance, crops)
             return batch_at(self._sampler, recipe, step, rank)
 
     steps = DataLoader(
