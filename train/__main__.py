@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     _version(two)
     two.add_argument("--copies", type=_at_least(1), default=1, help="augmented copies of each image")
     two.add_argument("--no-aligned", action="store_true", help="leave the aligned fakes out")
+    two.add_argument(
+        "--c", type=float, default=None, help="inverse regularisation of the linear head; default: the paper's 0.316"
+    )
     two.add_argument("--seed", type=_at_least(0), default=0)
     two.set_defaults(run=_probe)
 
@@ -222,9 +225,13 @@ def _line(progress: Progress) -> None:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from train import stages
+    from train import probe, stages
 
+    c = probe.C if args.c is None else args.c
+    if not c > 0:
+        _parser().error("probe: --c must be above 0")
     given = f" --name {shlex.quote(args.name)} --copies {args.copies} --seed {args.seed}" + " --no-aligned" * args.no_aligned
+    given += f" --c {c:g}" * (c != probe.C)
     stages.write_facts(args.out, name=args.name, probe_arguments=given)
     folder = stages.run_probe(
         args.out,
@@ -234,6 +241,7 @@ def _probe(args: argparse.Namespace) -> int:
         aligned=not args.no_aligned,
         seed=args.seed,
         on_image=_counter("embedded"),
+        c=c,
     )
     _say(f"{folder}: heads fitted, not calibrated")
     return DONE

@@ -1,8 +1,8 @@
 """The pool: augmented crops made once and read many times, for machines whose processor must both augment and train.
 
-A step of a small encoder on a few patches costs less than the JPEG round trips of its views. The pool holds `copies` crops of each
-image of the store: the first as the image was delivered, the others after the preset `platform` at full strength. Steps then differ
-in which copies and patches they take. An aligned fake's crops share every draw with its real's.
+A step of a small encoder on a few patches costs less than the JPEG round trips of its views. The pool holds `copies` crops of
+each image of the store: the first as the image was delivered, the others after the preset `platform` at full strength. Steps then
+differ in which copies and patches they take. An aligned fake's crops share every draw with its real's.
 """
 
 from __future__ import annotations

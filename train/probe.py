@@ -18,15 +18,15 @@ COEF0 = 0.0
 GALLERY_PER_CLASS = 1500
 
 
-def fit(embedded: Embedded, *, gallery_per_class: int = GALLERY_PER_CLASS, seed: int = 0) -> Heads:
-    """All three heads from one embedded training set.
+def fit(embedded: Embedded, *, gallery_per_class: int = GALLERY_PER_CLASS, seed: int = 0, c: float = C) -> Heads:
+    """All three heads from one embedded training set. c: the linear head's inverse regularisation.
 
     Raises ValueError where a class is missing.
     """
     labels = embedded.labels
     if set(np.unique(labels).tolist()) != {0, 1}:
         raise ValueError("the probe needs real and generated images")
-    weight, bias = fit_linear(embedded.embedding, labels)
+    weight, bias = fit_linear(embedded.embedding, labels, c)
     gallery = fair_choice(embedded, gallery_per_class, seed)
     vectors, dual, intercept = fit_one_class(embedded.embedding[labels == 0])
     return Heads(
@@ -43,11 +43,13 @@ def fit(embedded: Embedded, *, gallery_per_class: int = GALLERY_PER_CLASS, seed:
     )
 
 
-def fit_linear(embedding: NDArray[np.float32], labels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def fit_linear(
+    embedding: NDArray[np.float32], labels: NDArray[np.uint8], c: float = C
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logistic regression on raw features: weight float32[192] and bias float32[]; its logit is larger for generated images."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=C, class_weight="balanced", max_iter=MAX_ITER)
+    model = LogisticRegression(C=c, class_weight="balanced", max_iter=MAX_ITER)
     model.fit(embedding.astype(np.float64), labels)
     return model.coef_[0].astype(np.float32), np.asarray(model.intercept_[0], np.float32)
 

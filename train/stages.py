@@ -133,14 +133,16 @@ def summary(recipe: Recipe, steps: int, views: int, seconds: float) -> dict[str,
     }
 
 
-def run_probe(out: Path, name: str, version: str, *, copies: int, aligned: bool, seed: int, on_image: OnCount) -> Path:
+def run_probe(
+    out: Path, name: str, version: str, *, copies: int, aligned: bool, seed: int, on_image: OnCount, c: float = probe.C
+) -> Path:
     """Fits the heads on OUT's store and writes an uncalibrated bundle; returns its folder."""
     from train.store import PixelStore
 
     weights = load_encoder(out / ENCODER_FILE)
     store = PixelStore(out / "store")
     embedded = embed(Encoder(weights, layer_norm_eps=LAYER_NORM_EPS), from_store(store, seed, copies, aligned), on_image)
-    heads = probe.fit(embedded, seed=seed)
+    heads = probe.fit(embedded, seed=seed, c=c)
     scale = np.maximum(np.std(heads.raw_scores(embedded.embedding), axis=0), 1e-6)
     draft = bundles.Draft(
         name=name,
@@ -151,7 +153,7 @@ def run_probe(out: Path, name: str, version: str, *, copies: int, aligned: bool,
         calibration={head: Platt(slope=float(1 / scale[i])) for i, head in enumerate(HEADS)},
         layer_norm_eps=LAYER_NORM_EPS,
         model_card=f"# {name} {version}\n\nNot calibrated and not evaluated: not for use.\n",
-        linear_c=probe.C,
+        linear_c=c,
         svm_nu=probe.NU,
     )
     text = (

@@ -19,6 +19,7 @@ from tests.train.pictures import corpus
 from train import replay
 from train.__main__ import main
 from train.data import Damage, read_shard
+from train.embed import load_encoder
 
 RECIPE = """
 seed = 3
@@ -114,6 +115,25 @@ def test_pretrain_again_resumes_at_the_end_and_exports_the_same_encoder(trained:
     arguments = ["--recipe", str(trained / "r.toml"), "--data", str(trained / "data"), "--out", str(trained / "run")]
     assert main(["pretrain", *arguments, "--workers", "0"]) == 0
     assert encoder.read_bytes() == before
+
+
+def test_a_run_goes_on_from_an_earlier_encoder_and_says_so(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.toml").write_text(RECIPE.replace("seed = 3", "seed = 4\npool_copies = 2").replace("ema_decay = 0.5", ""))
+    run = tmp_path / "run"
+    given = ["--recipe", str(tmp_path / "more.toml"), "--data", str(trained / "data"), "--out", str(run), "--workers", "0"]
+    assert main(["pretrain", *given, "--start", str(trained / "run" / "encoder.safetensors")]) == 0
+    start, end = (load_encoder(folder / "encoder.safetensors") for folder in (trained / "run", run))
+    moved = max(float(np.abs(start[name] - end[name]).max()) for name in start if name.startswith("blocks.0."))
+    assert 0 < moved < 0.05  # three steps from there, not another beginning
+    assert (run / "store" / "pool" / "pool.json").exists()
+    facts = json.loads((run / "facts.json").read_text())
+    assert facts["pretrain_command"].endswith("--start $EARLIER/encoder.safetensors")
+    assert facts["earlier"] == ["python -m train pretrain --data $CORPUS --out $EARLIER --recipe train/recipes/r.toml"]
+    assert main(["probe", "--out", str(run), "--version", "2", "--c", "1e-4"]) == 0
+    weak, usual = bundle.load(run / "bundles" / "2-probe"), bundle.load(trained / "run" / "bundles" / "1-probe")
+    assert weak.manifest.heads.linear.c == 1e-4 and usual.manifest.heads.linear.c == 0.316
+    assert np.linalg.norm(weak.heads.linear_weight) < np.linalg.norm(usual.heads.linear_weight) / 5
+    assert json.loads((run / "facts.json").read_text())["probe_arguments"].endswith(" --c 0.0001")
 
 
 def test_pack(trained: Path, tmp_path: Path) -> None:
