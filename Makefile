@@ -29,7 +29,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing development packages into $(VENV) (once)…"
 	@$(INSTALL) torch
-	@$(INSTALL) --editable '.[openvino,embedded,console,torch,train,tensorrt-rtx,dev]'
+	@$(INSTALL) --editable '.[openvino,embedded,console,otel,torch,train,tensorrt-rtx,dev]'
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

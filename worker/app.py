@@ -38,6 +38,7 @@ from worker.stages.policy import PolicyKeeper
 from worker.stages.publish import Publisher
 from worker.stages.publish_records import RecordWriter
 from worker.stages.transactions import TransactionalPublisher
+from worker.tracing import open_tracer
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +48,7 @@ GAUGE_INTERVAL_S = 1.0
 MAX_DELAYED = 10_000
 """Retries that may wait in memory; beyond, the retry topic is not read."""
 JOIN_TIMEOUT_S = 5.0
+TRACES_FLUSH_S = 2.0
 LEAVE_TIMEOUT_S = 3.0
 """Granted to the last commit and the farewell to the group even when the drain took all of its time."""
 
@@ -163,6 +165,8 @@ class App:
     def _build(self, stack: contextlib.ExitStack, health: Health) -> None:
         """Make the stages in the order in which each needs the other, and start their threads."""
         settings, clock = self._settings, self._clock
+        tracer = open_tracer(settings.tracing, clock)
+        stack.callback(lambda: tracer.close(Deadline(TRACES_FLUSH_S, clock)))
         policy = PolicyKeeper(settings.policy, self._metrics)
         engine = self._loader.load()
         policy.bind(engine.detector)
@@ -184,7 +188,7 @@ class App:
             MAX_DELAYED, settings.kafka.max_in_flight_bytes // 4, settings.fetch.retry_delay_max_s, clock
         )
         stages = Stages(ledger, budget, delays, fetcher, cache, decoder, batcher, policy, self._publisher)
-        self._pipeline = Pipeline(settings, stages, engine, self._metrics, clock, on_room=self._consumer.wake)
+        self._pipeline = Pipeline(settings, stages, engine, self._metrics, clock, on_room=self._consumer.wake, tracer=tracer)
         self._group.forget = self._pipeline.forget
         for part in (cache, fetcher):
             stack.callback(part.close)

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Headers = tuple[tuple[str, bytes], ...]
+StageSpan = tuple[str, float, float]
+"""A stage of one event: its name, and when it began and ended, monotonic seconds."""
 
 
 class Position(NamedTuple):
@@ -83,6 +85,13 @@ class Timings:
     decode: float | None = None
     queue: float | None = None
     infer: float | None = None
+    spans: list[StageSpan] | None = None
+    """For an event that is traced: the stages so far."""
+
+    def span(self, name: str, started: float, ended: float) -> None:
+        """Note a stage, where the event is traced."""
+        if self.spans is not None:
+            self.spans.append((name, started, ended))
 
 
 @dataclass(frozen=True, slots=True)

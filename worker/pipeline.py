@@ -42,6 +42,7 @@ from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
 from worker.stages.publish_records import RecordWriter
 from worker.stages.single_flight import SingleFlight
+from worker.tracing import Attributes, NoTraces, Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -79,9 +80,11 @@ class Pipeline:
         metrics: Metrics,
         clock: Clock,
         on_room: Callable[[], None] = lambda: None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`on_room` is told, from any thread, when an event has left and another may be read."""
         self._on_room = on_room
+        self._tracer = tracer or NoTraces()
         self._settings = settings
         self._metrics = metrics
         self._stages = stages
@@ -175,6 +178,7 @@ class Pipeline:
         except contracts.EventError as error:
             self._to_publish.put(Failed(record, delivery, error, error.event, timings))
             return
+        timings.spans = self._tracer.sample(event)
         self._to_fetch.put(Item(record, event, delivery, timings), event.priority)
 
     # -- fetch threads -------------------------------------------------------------------------------------------
@@ -224,7 +228,9 @@ class Pipeline:
                     return None, error, made
                 self._metrics.retries.labels(error.code.value).inc()
             finally:
-                seconds = self._clock.monotonic() - started
+                ended = self._clock.monotonic()
+                seconds = ended - started
+                item.timings.span("fetch", started, ended)
                 item.timings.fetch = seconds * 1000
                 self._metrics.fetch.observe(seconds)
             made += 1
@@ -253,8 +259,11 @@ class Pipeline:
                     self._stages.budget.release(len(entry.data))
                 else:
                     asking.append(entry)
+            started = self._clock.monotonic()
             found = self._stages.cache.get_many(engine.scope, [fetched.sha256 for fetched in asking])
+            ended = self._clock.monotonic()
             for fetched in asking:
+                fetched.item.timings.span("cache", started, ended)
                 cached = found.get(fetched.sha256)
                 if cached is not None:
                     self._stages.budget.release(len(fetched.data))
@@ -288,7 +297,9 @@ class Pipeline:
                 continue  # closed in the middle of this image: it is left to the partition's next owner
             finally:
                 self._stages.budget.release(len(fetched.data))
-                seconds = self._clock.monotonic() - started
+                ended = self._clock.monotonic()
+                seconds = ended - started
+                fetched.item.timings.span("decode", started, ended)
                 fetched.item.timings.decode = seconds * 1000
                 self._metrics.decode.observe(seconds)
             self._submit(decoded, flight)
@@ -313,6 +324,10 @@ class Pipeline:
             raise DependencyError(f"the device failed: {error}") from error
 
     def _inferred(self, waiting: Waiting, probabilities: NDArray[np.float32], timing: BatchTiming[Engine]) -> None:
+        ended = self._clock.monotonic()
+        left = ended - timing.infer_s
+        waiting.item.timings.span("queue", left - timing.queue_s, left)
+        waiting.item.timings.span("infer", left, ended)
         waiting.item.timings.queue = timing.queue_s * 1000
         waiting.item.timings.infer = timing.infer_s * 1000
         self._to_publish.put(Inferred(waiting, probabilities, timing.engine))
@@ -372,7 +387,7 @@ class Pipeline:
             finished=self._clock.monotonic(),
         )
         source = "cache" if scored.cache_hit else "engine"
-        self._send_verdict(verdict, item.record, item.event, source, self._receipts(item.record, 1))
+        self._send_verdict(verdict, item.record, item.event, source, self._receipts(item.record, 1), item.timings)
 
     def _publish_failed(self, failed: Failed) -> None:
         """The dead letter, and the verdict where the event has an id: finished when the broker has both."""
@@ -400,26 +415,49 @@ class Pipeline:
             timings=failed.timings,
             finished=self._clock.monotonic(),
         )
-        self._send_verdict(verdict, record, event, "failure", receipts)
+        self._send_verdict(verdict, record, event, "failure", receipts, failed.timings)
 
     def _publish_retry(self, postponed: Postponed) -> None:
         record = postponed.item.record
         if self._drop_if_stale(record):
             return
         receipts = self._receipts(record, 1)
-        delivery, code = postponed.item.delivery, postponed.error.code
-        self._stages.publisher.retry(record, delivery, postponed.delay_s, code, receipts, receipts)
+        item, code = postponed.item, postponed.error.code
+        sent = self._clock.monotonic()
 
-    def _send_verdict(self, verdict: contracts.Verdict, record: Record, event: Event, source: str, receipts: Receipts) -> None:
+        def acknowledged() -> None:
+            self._trace(record, item.event, item.timings, sent, {"code.outcome": "retry"}, code.value)
+            receipts()
+
+        self._stages.publisher.retry(record, item.delivery, postponed.delay_s, code, acknowledged, receipts)
+
+    def _send_verdict(
+        self, verdict: contracts.Verdict, record: Record, event: Event, source: str, receipts: Receipts, timings: Timings | None
+    ) -> None:
+        sent = self._clock.monotonic()
+        outcome: Attributes = {
+            "code.outcome": source,
+            "code.label": verdict.label,
+            "code.action": verdict.action,
+            "code.model.version": verdict.model.version,
+        }
         uploaded_at = event.uploaded_at if event.uploaded_at is not None else record.timestamp_ms / 1000
 
         def acknowledged() -> None:
             self._metrics.verdicts.labels(verdict.label, verdict.action, source).inc()
             self._metrics.event_age.observe(max(0.0, self._clock.time() - uploaded_at))
+            self._trace(record, event, timings, sent, outcome, verdict.reason)
             receipts()
 
         headers = contracts.verdict_headers(verdict, event.traceparent)
         self._stages.publisher.verdict(verdict.to_json(), event.event_id, headers, acknowledged, receipts)
+
+    def _trace(
+        self, record: Record, event: Event, timings: Timings | None, sent: float, outcome: Attributes, error: str | None
+    ) -> None:
+        if timings is not None and timings.spans is not None:
+            timings.span("publish", sent, self._clock.monotonic())
+            self._tracer.finish(record, event, timings, outcome, error)
 
     # -- the end of an event -------------------------------------------------------------------------------------
 

@@ -214,6 +214,19 @@ class ConsoleSettings(_Group):
     metrics_urls: CommaSeparated = Field((), description="/metrics pages of the workers, comma-separated: lag and batch sizes")
 
 
+class TracingSettings(_Group):
+    """OpenTelemetry traces (extra `otel`)."""
+
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s]+$",
+        description="collector, OTLP over HTTP, as http://collector:4318/v1/traces; none: no traces",
+    )
+    sample_ratio: float = Field(
+        0.01, ge=0, le=1, description="share of events traced that bring no `traceparent`; one that they bring decides itself"
+    )
+
+
 class LogSettings(_Group):
     """Logs on standard error."""
 
@@ -243,6 +256,7 @@ class Settings(BaseSettings):
     policy: PolicySettings = PolicySettings()
     http: HttpSettings = HttpSettings()
     console: ConsoleSettings = ConsoleSettings()
+    tracing: TracingSettings = TracingSettings()
     log: LogSettings = LogSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
 

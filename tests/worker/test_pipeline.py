@@ -22,7 +22,7 @@ from worker.clock import SystemClock
 from worker.delays import DelayQueue
 from worker.engines import engine_of
 from worker.errors import Code, ItemError, TransientItemError
-from worker.items import Decoded, Fetched, ImageInfo, Item, Record
+from worker.items import Decoded, Fetched, Headers, ImageInfo, Item, Record
 from worker.ledger import Ledger
 from worker.metrics import Metrics
 from worker.outcomes import Engine
@@ -113,7 +113,7 @@ class Publisher:
 class House:
     """A running pipeline and its edges."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tracer: Any = None) -> None:
         self.settings = Settings()
         self.metrics = Metrics()
         self.ledger, self.fetcher, self.cache = Ledger(), Fetcher(), Cache()
@@ -136,7 +136,7 @@ class House:
             policy,
             self.publisher,  # type: ignore[arg-type]
         )
-        self.pipeline = Pipeline(self.settings, stages, self.engine, self.metrics, clock)
+        self.pipeline = Pipeline(self.settings, stages, self.engine, self.metrics, clock, tracer=tracer)
         self.ledger.assign([(TOPIC, 0), (self.settings.kafka.retry_topic, 0)])
         self._next = 0
         loops = [self.pipeline.fetch_loop] * 3 + [self.pipeline.cache_loop, self.pipeline.engine_loop, self.pipeline.publish_loop]
@@ -145,11 +145,13 @@ class House:
         for thread in self._threads:
             thread.start()
 
-    def send(self, event_id: str | None, url: str = "https://a.example/x", topic: str = TOPIC, **fields: Any) -> None:
+    def send(
+        self, event_id: str | None, url: str = "https://a.example/x", topic: str = TOPIC, headers: Headers = (), **fields: Any
+    ) -> None:
         value = b"{broken" if event_id is None else json.dumps({"event_id": event_id, "image": {"url": url}, **fields}).encode()
         position = self.ledger.track(topic, 0, self._next)
         self._next += 1
-        self.pipeline.accept([Record(position, None, value, (), int(time.time() * 1000))])
+        self.pipeline.accept([Record(position, None, value, headers, int(time.time() * 1000))])
 
     def settle(self, within_s: float = 10) -> None:
         deadline = time.monotonic() + within_s
