@@ -1,11 +1,14 @@
-# Targets: demo, test, lint, bench. Everything is installed into .venv at the versions of constraints.txt.
+# Targets: demo, test, lint, bench, chaos. Everything is installed into .venv at the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: demo test test-fast lint bench clean
+upper = $(shell echo $(1) | tr a-z A-Z)
+option = $(if $($(call upper,$(1))),--$(1) "$($(call upper,$(1)))")
+
+.PHONY: demo test test-fast lint bench chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +16,7 @@ help:
 	@echo "make test   every test that needs no GPU and no network beyond package installation"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench  benchmarks; JSON under benchmarks/results/ and a table"
+	@echo "make chaos  faults under load on Apache Kafka, then the books: MINUTES=10 SEED= NODES=3 WORKERS=3 EVENTS= FAULTS= DELIVERY= OUT="
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -57,6 +61,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks
+
+# Each NAME=value becomes --name value.
+chaos: $(VENV)/.dev
+	@exec $(BIN)/python -m tests.chaos $(foreach name,minutes seed nodes workers events faults delivery out logs,$(call option,$(name)))
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -138,7 +138,7 @@ class KafkaCluster:
     def run(self, *arguments: str) -> str:
         """What the script prints."""
         command = [sys.executable, self._script, *arguments, "--dir", str(self.folder)]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=180).stdout.strip()
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout.strip()
 
     def __enter__(self) -> KafkaCluster:
         return self

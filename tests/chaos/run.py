@@ -1,0 +1,368 @@
+"""One run: brokers, cache, workers, load, faults by schedule, and the balance at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from engine import bundle, images
+from engine.backends import create
+from engine.detector import Detector
+from tests.chaos import load
+from tests.chaos.books import Balance, Books, Disturbance, Offsets, Reader
+from tests.chaos.brokers import Brokers
+from tests.chaos.schedule import Fault, draw
+from tests.chaos.workers import Workers
+from tests.conftest import unique_settings
+from worker.embedded import EmbeddedCache
+from worker.settings import KafkaSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked of a run."""
+
+    seed: int
+    seconds: float
+    events: int
+    workers: int = 3
+    hurts: int = 0
+    delivery: str = "at_least_once"
+    partitions: int = 12
+    longest_s: float = 60.0
+    namespaces: bool = False
+    patience_s: float = 120.0
+    """Without any progress for so long after the last fault the run is stuck."""
+    worker_settings: dict[str, object] = field(default_factory=dict)
+
+    def faults(self, brokers: Brokers) -> tuple[Fault, ...]:
+        """The schedule."""
+        bears = brokers.bears if self.namespaces else brokers.bears - {"network_cut"}
+        return draw(
+            self.seed,
+            self.seconds,
+            self.hurts,
+            workers=self.workers,
+            nodes=brokers.nodes,
+            allowed=sorted(bears),
+            longest_s=self.longest_s,
+        )
+
+
+@dataclass
+class Report:
+    """What came of it."""
+
+    plan: Plan
+    balance: Balance
+    seconds: float
+    events_per_s: float
+    longest_stall_s: float
+    faults: dict[str, int]
+    disturbances: list[Disturbance]
+    exits: list[str]
+    behind: dict[str, int]
+    metrics: dict[str, float]
+    problems: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        return dataclasses.asdict(self)
+
+
+class Run:
+    """Everything of one run. A context manager: nothing is left behind however it ends."""
+
+    def __init__(self, plan: Plan, brokers: Brokers, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self.plan, self.brokers, self.folder, self._say = plan, brokers, folder, say
+        self.stopping = threading.Event()
+        self.disturbances: list[Disturbance] = []
+        self.failures: list[str] = []
+        self.happened: Counter[str] = Counter()
+        self.versions = {_serving().manifest.version}
+
+    def __enter__(self) -> Run:
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            plan = self.plan
+            self.settings = _kafka_settings(self.brokers.bootstrap, plan.delivery)
+            self.brokers.prepare(self.settings, plan.partitions)
+            self.cache = stack.enter_context(EmbeddedCache(max_memory_bytes=32 * 2**20))
+            self.host = load.Host()
+            stack.callback(self.host.close)
+            self.plans = [load.plan(plan.seed, number, self.host.address) for number in range(plan.events)]
+            settings = _worker_settings(self.settings, self.cache.url) | plan.worker_settings
+            self.workers = Workers(plan.workers, self.folder, settings, plan.namespaces)
+            stack.callback(self.workers.close)
+            self.books = Books(self.plans, _scores(), self.versions)
+            self.reader = Reader(self.settings, self.books)
+            stack.callback(self.reader.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        self._stack.close()
+
+    # -- the run
+    def go(self) -> Report:
+        """Load and faults until every event is accounted for, or nothing moves any more."""
+        faults = self.plan.faults(self.brokers)
+        for fault in faults:
+            self._say(str(fault))
+        self.workers.start()
+        self.wait(lambda: all(self.workers.ready(number) for number in range(self.plan.workers)), 120, "workers ready")
+        begun = time.monotonic()
+        uploader = self.upload(self.plans, self.plan.seconds)
+        with self._lanes(faults) as lanes:
+            self._watch(lambda: uploader.done and not any(lane.is_alive() for lane in lanes), begun)
+        uploader.close()
+        self.failures += uploader.failures[:3]
+        return self.finish(uploader, begun)
+
+    def upload(self, plans: list[load.Planned], seconds: float) -> load.Uploader:
+        """Start to produce."""
+        uploader = load.Uploader(self.brokers.bootstrap, self.settings.upload_topics[0], plans, seconds)
+        self._stack.callback(uploader.close)
+        return uploader.start()
+
+    def finish(self, uploader: load.Uploader, begun: float) -> Report:
+        """Wait for the last commits, end the workers kindly, close the books."""
+        ended = next((moment for moment, accounted in self.books.samples if accounted == self.books.accounted), begun)
+        offsets = Offsets(self.settings, lambda: uploader.offsets)
+        behind = offsets.settled(self.plan.patience_s)
+        metrics = self._metrics()
+        codes = [self.workers.retire(number) for number in range(self.plan.workers)]
+        while self.reader.look(2.0):
+            pass
+        behind = behind or offsets.settled(5)
+        offsets.close()
+        balance = self.books.balance(uploader.offsets, self.disturbances, exactly_once=self.plan.delivery == "exactly_once")
+        problems = [*self.failures, *balance.problems, *self._exit_problems(codes), *self._log_problems()]
+        if behind:
+            problems.append(f"offsets are not where they belong: {behind}")
+        return Report(
+            plan=self.plan,
+            balance=balance,
+            seconds=round(ended - begun, 1),
+            events_per_s=round(self.books.accounted / max(0.1, ended - begun), 1),
+            longest_stall_s=round(_longest_stall(self.books.samples, begun), 1),
+            faults=dict(self.happened),
+            disturbances=self.disturbances,
+            exits=[f"worker {one.worker}: {one.code}" for one in self.workers.exits],
+            behind=behind,
+            metrics=metrics,
+            problems=problems,
+        )
+
+    def wait(self, done: Callable[[], bool], seconds: float, what: str) -> None:
+        """Until `done`; the logs' ends are in the error."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > deadline:
+                ends = "\n".join(self.workers.log(slot.number)[-1500:] for slot in self.workers.slots if slot.log.exists())
+                raise TimeoutError(f"no {what} within {seconds:.0f} s\n{ends}")
+            time.sleep(0.1)
+
+    def _watch(self, over: Callable[[], bool], begun: float) -> None:
+        """Read the books until all is over and accounted for."""
+        moved, before, told = time.monotonic(), -1, time.monotonic()
+        while not (self.books.complete and over()):
+            self.reader.look()
+            now = time.monotonic()
+            if self.books.accounted != before or not over():
+                moved, before = now, self.books.accounted
+            if now - told > 15:
+                told = now
+                self._say(f"{now - begun:7.1f} s  {self.books.accounted} of {len(self.plans)} events accounted for")
+            if now - moved > self.plan.patience_s or self.failures:
+                return
+
+    # -- faults
+    @contextlib.contextmanager
+    def _lanes(self, faults: tuple[Fault, ...]) -> Iterator[list[threading.Thread]]:
+        """One thread a lane; faults of a lane come one after another. On the way out every fault is healed."""
+        begun = time.monotonic()
+        lanes = []
+        for name in sorted({fault.lane for fault in faults}):
+            own = [fault for fault in faults if fault.lane == name]
+            lane = threading.Thread(target=self._lane, args=(own, begun), name=f"lane {name}", daemon=True)
+            lane.start()
+            lanes.append(lane)
+        try:
+            yield lanes
+        finally:
+            self.stopping.set()
+            for lane in lanes:
+                lane.join()
+
+    def _lane(self, faults: list[Fault], begun: float) -> None:
+        for fault in faults:
+            if self.stopping.wait(max(0.0, begun + fault.at_s - time.monotonic())):
+                return
+            try:
+                self.hurt(fault)
+            except Exception as error:  # noqa: BLE001 - told as a problem of the run
+                self.failures.append(f"{fault}: {type(error).__name__}: {error}")
+                return
+
+    def hurt(self, fault: Fault) -> None:
+        """Do it, wait for its time, undo it."""
+        began = time.time()
+        undo = self._begin(fault)
+        try:
+            self.stopping.wait(fault.duration_s)
+        finally:
+            undo()
+            self.happened[fault.kind] += 1
+            self.disturbances.append(Disturbance(fault.kind, began, time.time()))
+
+    def _begin(self, fault: Fault) -> Callable[[], object]:
+        """Hurt; returns what heals."""
+        kind, target, brokers, workers = fault.kind, fault.target, self.brokers, self.workers
+        match kind:
+            case "worker_kill":
+                workers.kill(target)
+            case "worker_stop":
+                workers.signal(target, signal.SIGSTOP)
+                return lambda: workers.signal(target, signal.SIGCONT)
+            case "decoder_kill":
+                workers.signal_decoder(target, signal.SIGKILL, fault.amount)
+            case "decoder_stop":
+                pid = workers.signal_decoder(target, signal.SIGSTOP, fault.amount)
+                return lambda: _resume(pid)
+            case "broker_kill":
+                brokers.kill(target)
+                return lambda: brokers.restart(target)
+            case "broker_stop":
+                brokers.stop(target)
+                return lambda: brokers.resume(target)
+            case "brokers_stop_two":
+                others = [node for node in range(brokers.nodes) if node != target][:2]
+                for node in others:
+                    brokers.stop(node)
+                return lambda: [brokers.resume(node) for node in others]
+            case "leaders_move":
+                brokers.move_leaders(self.settings, fault.amount)
+            case "cache_kill":
+                self.cache.kill()
+                return self.cache.restart
+            case "cache_stop":
+                os.kill(self.cache.pid or 0, signal.SIGSTOP)
+                return lambda: _resume(self.cache.pid)
+            case "cache_full":
+                _limit_cache(self.cache, 1, "noeviction")
+                return lambda: _limit_cache(self.cache, 32 * 2**20, "allkeys-lru")
+            case "network_cut":
+                cable = workers.slots[target].namespace
+                if cable is None:
+                    raise ValueError("a network cut needs namespaces")
+                cable.cut()
+                return cable.heal
+            case "clock_step":
+                workers.step_clock(target, fault.amount)
+        return lambda: None
+
+    # -- looks
+    def _metrics(self) -> dict[str, float]:
+        """Counters that tell a story, summed over the workers that run now."""
+        wanted = ("events_duplicate", "events_stale", "rebalances", "commits", "decoder_restarts", "retries_total", "shared_inf")
+        found: Counter[str] = Counter()
+        for number in range(self.plan.workers):
+            for name, value in self.workers.metrics(number).items():
+                if any(part in name for part in wanted):
+                    found[name.removeprefix("code_worker_")] += value
+        return dict(found)
+
+    def _exit_problems(self, codes: list[int]) -> list[str]:
+        """Workers end when told to, with 0, and die when killed; one that is fenced in a transaction may leave with 3."""
+        problems = [f"worker {number} ended with {code} after SIGTERM" for number, code in enumerate(codes) if code]
+        for one in self.workers.exits:
+            fenced = self.plan.delivery == "exactly_once" and one.code == 3
+            early = one.code == 3 and not one.was_ready  # no broker within its start's budget
+            if not (one.wanted or fenced or early):
+                problems.append(f"worker {one.worker} ended by itself with {one.code}: {one.last_line[:300]}")
+        return problems
+
+    def _log_problems(self) -> list[str]:
+        problems = []
+        for slot in self.workers.slots:
+            for line in self.workers.log(slot.number).splitlines():
+                if line.startswith("Traceback") or "worker.thread_failed" in line:
+                    problems.append(f"worker {slot.number} logged: {line[:300]}")
+        return problems[:10]
+
+
+def _resume(pid: int | None) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        if pid is not None:
+            os.kill(pid, signal.SIGCONT)
+
+
+def _limit_cache(cache: EmbeddedCache, max_memory_bytes: int, policy: str) -> None:
+    with contextlib.closing(redis.Redis.from_url(cache.url, socket_timeout=5)) as client:
+        client.config_set("maxmemory-policy", policy)
+        client.config_set("maxmemory", max_memory_bytes)
+
+
+def _serving() -> bundle.Bundle:
+    return bundle.load(bundle.resolve(bundle.packaged()))
+
+
+def _scores() -> dict[int, float]:
+    """By grey the score that the cheap engine gives."""
+    detector = Detector.from_parts(_serving(), create("null", "cpu"), head="linear", crops="center")
+    limits = images.Limits(max_pixels=1_000_000, max_frames=1)
+    found = {}
+    for grey in range(load.GREYS):
+        crops = images.read_crops(load.picture(grey), limits, "center").crops
+        found[grey] = float(detector.combine(detector.infer(crops), 1).score)
+    detector.close()
+    return found
+
+
+def _kafka_settings(bootstrap: str, delivery: str) -> KafkaSettings:
+    values = {"bootstrap_servers": tuple(bootstrap.split(",")), "delivery": delivery, "create_topics": False}
+    return unique_settings("", **values)
+
+
+def _worker_settings(kafka: KafkaSettings, cache_url: str) -> dict[str, object]:
+    return {
+        "KAFKA__BOOTSTRAP_SERVERS": ",".join(kafka.bootstrap_servers),
+        "KAFKA__GROUP_ID": kafka.group_id,
+        "KAFKA__UPLOAD_TOPICS": ",".join(kafka.upload_topics),
+        "KAFKA__VERDICT_TOPIC": kafka.verdict_topic,
+        "KAFKA__RETRY_TOPIC": kafka.retry_topic,
+        "KAFKA__DEAD_LETTER_TOPIC": kafka.dead_letter_topic,
+        "KAFKA__DELIVERY": kafka.delivery,
+        "KAFKA__SESSION_TIMEOUT_MS": 10_000,
+        "KAFKA__MAX_POLL_INTERVAL_MS": 60_000,
+        "KAFKA__REQUEST_TIMEOUT_MS": 10_000,
+        "CACHE__URL": cache_url,
+        "FETCH__ALLOW_PRIVATE_ADDRESSES": "true",
+        "FETCH__RETRY_DELAY_S": 0.5,
+        "FETCH__RETRY_DELAY_MAX_S": 4,
+        "FETCH__ATTEMPTS": 8,
+        "DECODE__PROCESSES": 1,
+        "DECODE__TIMEOUT_S": 4,
+        "SHUTDOWN__DRAIN_S": 30,
+    }
+
+
+def _longest_stall(samples: list[tuple[float, int]], begun: float) -> float:
+    longest, since, before = 0.0, begun, 0
+    for moment, accounted in samples:
+        if accounted != before:
+            longest, since, before = max(longest, moment - since), moment, accounted
+    return longest
