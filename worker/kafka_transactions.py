@@ -3,6 +3,7 @@
 What the client gets wrong, and how this lives with it (each from reading its `producer/transaction_manager.py`):
 
 * `commit_transaction` and its like wait for ever. Here every wait ends with the caller's patience.
+* A request to a coordinator that cannot be connected to is forgotten (`kafka_workarounds.keep_requests`).
 * A request to the coordinator that times out (not: whose connection breaks) ends the producer for good, and whether the
   transaction was committed is then unknown: `CommitUnknown`.
 * A produce error that bumps the epoch lets a commit that is already asked for answer "done" without having asked the
@@ -27,7 +28,7 @@ from kafka.structs import OffsetAndMetadata
 
 from worker.errors import ConfigurationError, DependencyError
 from worker.kafka_clients import describe, open_admin, open_producer
-from worker.kafka_workarounds import discard
+from worker.kafka_workarounds import discard, keep_requests
 from worker.settings import KafkaSettings, environment_name
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class TransactionalProducer:
             transaction_timeout_ms=settings.transaction_timeout_ms,
             retry_backoff_ms=RETRY_BACKOFF_MS,
         )
+        keep_requests(self._raw)
         self._manager = self._raw._transaction_manager
         missing = missing_apis(self._raw._sender._client._manager.broker_version_data)
         if missing:

@@ -13,6 +13,8 @@ from kafka import KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.future import Future
 
+AWAIT_READY_MS = 1_000
+
 
 def before_poll(consumer: KafkaConsumer) -> None:
     """To be called before every `poll`, by the thread that polls."""
@@ -54,6 +56,26 @@ def _restore_parked(consumer: KafkaConsumer) -> None:
     fetcher: Any = getattr(consumer, "_fetcher", None)
     if getattr(fetcher, "_paused_partition_records", None) and not fetcher._next_partition_records:
         fetcher._next_partition_records = None
+
+
+def keep_requests(producer: KafkaProducer) -> None:
+    """A transactional request to a coordinator that cannot be connected to is forgotten, and its caller waits for ever.
+
+    `Sender._maybe_send_pending_request` means to look the coordinator up and to try again, but does so only where
+    `await_ready` says no; it raises instead. Nor may it hold the sender for half a minute: the coordinator may have moved.
+    """
+    client: Any = getattr(producer._sender, "_client", None)
+    original = getattr(client, "await_ready", None)
+    if original is None:
+        return
+
+    def await_ready(node_id: Any, timeout_ms: float = AWAIT_READY_MS) -> bool:
+        try:
+            return bool(original(node_id, timeout_ms=min(timeout_ms, AWAIT_READY_MS)))
+        except kafka_errors.KafkaConnectionError:
+            return False
+
+    client.await_ready = await_ready
 
 
 def discard(producer: KafkaProducer, seconds: float) -> None:

@@ -32,7 +32,7 @@ import structlog
 from kafka import errors as kafka_errors
 
 from worker.clock import Clock, Deadline, SystemClock
-from worker.errors import ConfigurationError, DependencyError, FatalError
+from worker.errors import DependencyError, FatalError
 from worker.kafka_clients import describe
 from worker.kafka_transactions import (
     CommitUnknown,
@@ -61,6 +61,8 @@ BACKOFF_S = 0.05
 BACKOFF_MAX_S = 5.0
 COMMIT_PATIENCE_S = 5.0
 """Granted to a commit even where sending has used up the time."""
+INIT_PATIENCE_S = 30.0
+"""For one attempt; the next one begins with a new connection."""
 STATIC_GRACE_S = 5.0
 CLOSE_S = 2.0
 ABORT_S = 1.0
@@ -335,16 +337,21 @@ class TransactionalPublisher(RecordWriter):
 
     def _first_producer(self) -> TransactionalProducer:
         budget = Deadline(self._settings.startup_timeout_s, self._clock)
+        while True:
+            try:
+                return self._open(min(INIT_PATIENCE_S, budget.remaining()))
+            except kafka_errors.KafkaError as error:
+                if budget.expired():
+                    raise DependencyError(
+                        f"Kafka does not begin transactions: {describe(error)}; are there as many brokers as"
+                        " transaction.state.log.replication.factor and transaction.state.log.min.isr ask for?"
+                    ) from error
+
+    def _open(self, patience_s: float) -> TransactionalProducer:
         producer = TransactionalProducer(self._settings, self._name, self._expired)
         try:
-            producer.initialize(budget.remaining())
-        except kafka_errors.KafkaError as error:
-            producer.discard()
-            raise DependencyError(
-                f"Kafka does not begin transactions: {describe(error)}; are there as many brokers as"
-                " transaction.state.log.replication.factor and transaction.state.log.min.isr ask for?"
-            ) from error
-        except FatalError:
+            producer.initialize(patience_s)
+        except (kafka_errors.KafkaError, FatalError, GaveUp):
             producer.discard()
             raise
         return producer
@@ -353,19 +360,12 @@ class TransactionalPublisher(RecordWriter):
         """A new producer of the same name, for as long as it takes; then what the last commit has come to is found out."""
         while self._producer is None:
             self._give_up_if_closing()
-            producer = None
             try:
-                producer = TransactionalProducer(self._settings, self._name, self._expired)
-                producer.initialize(self._settings.startup_timeout_s)
-                self._producer = producer
-            except (ConfigurationError, TransactionsRefusedError, GaveUp):
+                self._producer = self._open(INIT_PATIENCE_S)
+            except TransactionsRefusedError:
                 raise
             except (DependencyError, kafka_errors.KafkaError) as error:
                 log.warning("transactions.broker_unreachable", error=describe(error))
-            finally:
-                if self._producer is None and producer is not None:
-                    producer.discard()
-            if self._producer is None:
                 self._rest()
         if self._unknown is not None:
             taken, began = self._unknown

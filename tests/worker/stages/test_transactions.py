@@ -15,7 +15,7 @@ from tests.worker.fake_clock import FakeClock
 from tests.worker.kafka_topics import until
 from tests.worker.stages import fake_transactions as fake
 from tests.worker.stages.fake_transactions import FakeTransactions, Fault
-from worker import kafka_transactions
+from worker import kafka_transactions, kafka_workarounds
 from worker.clock import Deadline
 from worker.errors import DependencyError
 from worker.items import Delivery, Position, Record
@@ -442,6 +442,30 @@ def test_a_broker_without_transactions_is_told_by_what_it_lacks() -> None:
     assert kafka_transactions.missing_apis(Versions()) == []
     del Versions.api_versions[65]
     assert kafka_transactions.missing_apis(Versions()) == ["DescribeTransactions"]
+
+
+def test_a_coordinator_that_cannot_be_connected_to_is_no_reason_to_forget_the_request() -> None:
+    """kafka-python asks whether it is ready, and gets an exception that it does not expect."""
+    asked: list[float] = []
+
+    class Client:
+        def await_ready(self, node_id: str, timeout_ms: float) -> bool:
+            asked.append(timeout_ms)
+            if node_id == "gone":
+                raise kafka_errors.KafkaConnectionError("Node gone not ready")
+            return True
+
+    class Sender:
+        _client = Client()
+
+    class Producer:
+        _sender = Sender()
+
+    kafka_workarounds.keep_requests(Producer())
+    client = Producer._sender._client
+    assert client.await_ready("there", timeout_ms=30_000) is True
+    assert client.await_ready("gone", timeout_ms=30_000) is False
+    assert max(asked) <= 1_000
 
 
 @pytest.mark.broker
