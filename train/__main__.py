@@ -1,4 +1,4 @@
-"""The command line: `python -m train pretrain | probe | calibrate | evaluate | promote | pack`.
+"""The command line: `python -m train pretrain | probe | calibrate | evaluate | promote | import | pack`.
 
 Exit codes: 0 done; 1 the candidate was not promoted (`promote`); 2 bad arguments or data, one line that says what and where.
 """
@@ -44,6 +44,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from engine.bundle import BundleError
     from train.aligned import AlignedError
     from train.data import DataError
+    from train.pickled_heads import PickleError
     from train.promote import PromoteError
     from train.recipe import RecipeError
 
@@ -52,6 +53,7 @@ def _expected() -> tuple[type[Exception], ...]:
         BundleError,
         AlignedError,
         DataError,
+        PickleError,
         PromoteError,
         RecipeError,
         OSError,
@@ -119,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     five.add_argument("--note", action="append", default=[], help="a sentence for card and TRAINING.md; may be given again")
     five.set_defaults(run=_promote)
 
+    _import_command(commands)
     six = commands.add_parser("pack", help="write shards in D3's layout from a folder with a manifest")
     _data(six)
     _out(six)
@@ -126,6 +129,17 @@ def _parser() -> argparse.ArgumentParser:
     six.add_argument("--records", type=_at_least(1), default=1000, help="records a shard")
     six.set_defaults(run=_pack)
     return parser
+
+
+def _import_command(commands: argparse._SubParsersAction[_Parser]) -> None:
+    one = commands.add_parser("import", help="the published CoDE weights to a bundle, without running what is in their pickles")
+    one.add_argument(
+        "--from", dest="source", type=Path, required=True, help="folder with config.json, model.safetensors and sklearn/"
+    )
+    _out(one)
+    _version(one)
+    one.add_argument("--name", default="code-published", help="name of the model")
+    one.set_defaults(run=_import)
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
@@ -247,6 +261,16 @@ def _probe(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _import(args: argparse.Namespace) -> int:
+    from train import imports
+
+    folder, published = imports.run(args.source, args.out, args.name, args.version)
+    for line in imports.warnings(published):
+        _say(f"warning: {line}")
+    _say(f"{folder}: imported, not calibrated; next: train calibrate --out {args.out} --version {args.version} --data DIR")
+    return DONE
+
+
 def _calibrate(args: argparse.Namespace) -> int:
     from engine import bundle
     from train import stages
@@ -300,7 +324,8 @@ def _promote(args: argparse.Namespace) -> int:
     stages.read_facts(args.out)
     facts = stages.write_facts(args.out, notes=args.note)
     commands = [*facts.get("earlier", []), str(facts["pretrain_command"])]
-    for command, needs in (("probe", ""), ("calibrate", " --data $CORPUS"), ("evaluate", " --data $CORPUS")):
+    steps = [("probe", ""), ("calibrate", " --data $CORPUS"), ("evaluate", " --data $CORPUS")]
+    for command, needs in steps[1:] if "imported" in facts else steps:
         given = facts.get(f"{command}_arguments", "")
         commands.append(f"python -m train {command}{needs} --out $RUN --version {shlex.quote(args.version)}{given}")
     commands.append(f"python -m train promote --out $RUN --version {shlex.quote(args.version)} --models models")

@@ -8,6 +8,16 @@ from engine.bundle import Bundle
 from train.calibrate import certification
 from train.metrics import trials_to_certify
 
+_WARNING = (
+    "> A small model from a small data set and a short run on a CPU. Read the table before trusting a score: on sources it "
+    "has never seen it ranks far from perfectly, and its false-positive bounds rest on few images. It supports a reviewer; "
+    "it must not act alone."
+)
+_IMPORTED_WARNING = (
+    "> Published weights, calibrated and measured here on other images than they were made with. Read the table before trusting "
+    "a score. It supports a reviewer; it must not act alone."
+)
+
 
 def model_card(bundle: Bundle, report: dict[str, Any], facts: dict[str, Any]) -> str:
     """The card of a bundle from its evaluation; `facts` as `train pretrain` and `train probe` left them."""
@@ -18,9 +28,7 @@ def model_card(bundle: Bundle, report: dict[str, Any], facts: dict[str, Any]) ->
         "CoDE's encoder (ViT-Tiny/16, 224 px centre crop at native resolution; arXiv 2407.20337) with a linear, a "
         "nearest-neighbour and a one-class head. It estimates whether an image was AI-generated.",
         "",
-        "> A small model from a small data set and a short run on a CPU. Read the table before trusting a score: on sources it "
-        "has never seen it ranks far from perfectly, and its false-positive bounds rest on few images. It supports a reviewer; "
-        "it must not act alone.",
+        _IMPORTED_WARNING if "imported" in facts else _WARNING,
         "",
         "## Measured",
         "",
@@ -145,6 +153,8 @@ def _calibration(bundle: Bundle, report: dict[str, Any]) -> list[str]:
 
 
 def _training(facts: dict[str, Any]) -> list[str]:
+    if "imported" in facts:
+        return _imported(facts)
     data = facts["data"]
     lines = [
         "## Training data",
@@ -171,15 +181,28 @@ def _training(facts: dict[str, Any]) -> list[str]:
     lines += [f"- {name}: {value}" for name, value in facts["summary"].items()]
     lines += [f"- note: {note}" for note in facts["notes"]]
     lines += ["", "How to repeat it: TRAINING.md beside the version's folder.", ""]
-    lines += [
-        "## Limits",
+    return lines + _LIMITS
+
+
+_LIMITS = [
+    "## Limits",
+    "",
+    "- Only the centre 224 px are looked at unless the worker is set to `five` crops.",
+    "- Edited, upscaled, filtered or AI-retouched photographs are not a class of their own here.",
+    "- Newer generators than those listed will look more real to it; refit the probe with labelled samples of them.",
+    "- No statement about who made an image or why.",
+]
+
+
+def _imported(facts: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Origin",
         "",
-        "- Only the centre 224 px are looked at unless the worker is set to `five` crops.",
-        "- Edited, upscaled, filtered or AI-retouched photographs are not a class of their own here.",
-        "- Newer generators than those listed will look more real to it; refit the probe with labelled samples of them.",
-        "- No statement about who made an image or why.",
+        "Encoder and heads were imported from published weights; nothing was trained here. What was read:",
+        "",
     ]
-    return lines
+    lines += [f"- {name}: {value}" for name, value in facts["imported"].items()]
+    return [*lines, *(f"- note: {note}" for note in facts["notes"]), "", *_LIMITS]
 
 
 def training_page(name: str, version: str, facts: dict[str, Any], commands: list[str]) -> str:
@@ -195,6 +218,8 @@ def training_page(name: str, version: str, facts: dict[str, Any], commands: list
         "",
     ]
     lines += [f"- {key}: {value}" for key, value in facts["summary"].items()]
+    if "imported" in facts:
+        return "\n".join([*lines, "", "`$WEIGHTS` is the folder of the published weights."]) + "\n"
     lines += [
         f"- training data: {facts['data']['real']} real, {facts['data']['fake']} generated files, "
         f"list SHA-256 {facts['data']['sha256']}",
