@@ -1,9 +1,12 @@
-"""Puts the current model of `models/` into wheels as `engine/_models`; everything else stands in pyproject.toml."""
+"""Puts the current model of `models/` into wheels as `engine/_models`, and compiles the JPEG region decoder where it can.
+
+Everything else stands in pyproject.toml.
+"""
 
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 
@@ -27,4 +30,8 @@ class BuildWithModel(build_py):
         shutil.copy(models / "CURRENT", target / "CURRENT")
 
 
-setup(cmdclass={"build_py": BuildWithModel})
+# Needs a C compiler and libjpeg-turbo's headers (Debian: gcc libc6-dev libjpeg62-turbo-dev). Where they are missing the
+# installation goes on without it, and JPEGs are decoded whole (docs/images.md). The library itself is Pillow's.
+REGION = Extension("engine._jpeg_region", ["engine/_jpeg_region.c"], libraries=["dl"], optional=True, py_limited_api=True)
+
+setup(cmdclass={"build_py": BuildWithModel}, ext_modules=[REGION])

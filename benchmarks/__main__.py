@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import batcher_simulated, pipeline
+from benchmarks import batcher_simulated, decode, pipeline
+
+PARTS = ("decode", "pipeline", "batcher")
 
 
 def _rows(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -21,21 +23,30 @@ def _rows(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+def _show(title: str, figures: dict[str, Any]) -> None:
+    table = Table("figure", "value", title=title)
+    for name, value in _rows(figures):
+        table.add_row(name, value)
+    Console(width=110).print(table)
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"{', '.join(PARTS)}; all of them by default"
+    )
     parser.add_argument("--events", type=int, default=3000, help="events of the null-engine run (default 3000)")
     parser.add_argument("--seconds", type=float, default=8, help="length of the bare detector's runs")
     arguments = parser.parse_args()
-    table = Table("figure", "value", title="pipeline")
-    for name, value in _rows(pipeline.main(arguments.events, arguments.seconds)):
-        table.add_row(name, value)
-    Console(width=110).print(table)
-    table = Table("figure", "value", title="batcher, against a simulated device")
-    figures = batcher_simulated.main(pace=0.5)
-    for name, value in _rows({key: value for key, value in figures.items() if key != "loads"}):
-        table.add_row(name, value)
-    Console(width=110).print(table)
+    parts = arguments.parts or PARTS
+    if "decode" in parts:
+        _show("decode", decode.main())
+    if "pipeline" in parts:
+        _show("pipeline", pipeline.main(arguments.events, arguments.seconds))
+    if "batcher" in parts:
+        figures = batcher_simulated.main(pace=0.5)
+        _show("batcher, against a simulated device", {key: value for key, value in figures.items() if key != "loads"})
 
 
 if __name__ == "__main__":

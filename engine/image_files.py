@@ -47,7 +47,7 @@ _REDUCED, _MASK = 1, 4
 _RLE = (1, 2)
 _PNG_ANIMATION = frozenset({b"acTL", b"fcTL", b"fdAT"})
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}) | _PNG_ANIMATION
-_APP0, _APP1, _APP14, _APP15, _COM, _SOS = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA
+_APP0, _APP14, _APP15, _COM, _SOS = 0xE0, 0xEE, 0xEF, 0xFE, 0xDA
 
 # Our own limit on pixels stands in for Pillow's, which would overrule a larger setting.
 PIL.Image.MAX_IMAGE_PIXELS = None
@@ -130,17 +130,17 @@ def open_image(data: bytes, limits: Limits) -> Opened:
 
 def _open_jpeg(data: bytes, limits: Limits) -> Opened:
     """The first picture of a JPEG or MPO. APP0 and APP14 stay: they tell libjpeg the colour space."""
-    kept, orientation, copied, marker = [], 0, 0, b""
-    for segment in containers.jpeg_segments(data):
+    kept, copied, marker = [], 0, b""
+    segments = list(containers.jpeg_segments(data))
+    orientation = tiff_tags.jpeg_orientation(data, segments)
+    for segment in segments:
         marker = segment.name
         if (_APP0 < marker[1] <= _APP15 and marker[1] != _APP14) or marker[1] == _COM:
             kept.append(memoryview(data)[copied : segment.begin])
             copied = segment.end
-            if marker[1] == _APP1 and not orientation and data.startswith(tiff_tags.EXIF_PREFIX, segment.start):
-                orientation = tiff_tags.orientation(data[segment.start : segment.end])
     if kept and marker == bytes((0xFF, _SOS)):
         data = b"".join((*kept, memoryview(data)[copied:]))
-    return Opened(_file(JpegImagePlugin.JpegImageFile, data), JPEG, 1, (0,), orientation or 1)
+    return Opened(_file(JpegImagePlugin.JpegImageFile, data), JPEG, 1, (0,), orientation)
 
 
 def _open_png(data: bytes, limits: Limits) -> Opened:

@@ -13,8 +13,8 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from engine import pixels, preprocess
-from engine.containers import BMP, TIFF, sniff
+from engine import jpeg_region, pixels, preprocess
+from engine.containers import BMP, JPEG, TIFF, sniff
 from engine.image_files import (
     CorruptImage,
     ImageError,
@@ -97,6 +97,8 @@ def read(data: bytes, limits: Limits) -> Image:
 def read_crops(data: bytes, limits: Limits, layout: preprocess.Layout = "center") -> Crops:
     """Decode an image and keep its crops only: one frame is in memory at a time, and only the crops' pixels become RGB.
 
+    Of a plain JPEG no more is decoded than its crops need (`engine.jpeg_region`).
+
     The crops are those of `preprocess.crops` on the frames of `read`, bit for bit. Where frames differ in their number of
     crops (pages of a TIFF, some of which fit into one crop), the single crop of a small one is repeated.
 
@@ -104,6 +106,8 @@ def read_crops(data: bytes, limits: Limits, layout: preprocess.Layout = "center"
         ImageError: as `read`.
     """
     with _mapped(data):
+        if (jpeg := jpeg_region.read_crops(data, limits, layout) if sniff(data) == JPEG else None) is not None:
+            return Crops(jpeg.crops, len(jpeg.crops), JPEG, jpeg.width, jpeg.height, 1)
         opened = open_image(data, limits)
         cut: list[NDArray[np.uint8]] = []
         size = (0, 0)

@@ -19,6 +19,8 @@ CROP_PX = 224
 Layout = Literal["center", "five"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 RGB = tuple[int, int, int]
+Box = tuple[int, int, int, int]
+"""Top, left, bottom, right."""
 Region = Callable[[int, int, int, int], NDArray[np.uint8]]
 
 
@@ -94,6 +96,29 @@ def crops_of(region: Region, height: int, width: int, layout: Layout = "center")
     Raises:
         ValueError: an unknown layout.
     """
+    places = _places(height, width, layout)
+    cut = np.zeros((len(places), CROP_PX, CROP_PX, 3), np.uint8)
+    for crop, (top, left) in zip(cut, places, strict=True):
+        _place(region, height, width, top, left, crop)
+    return cut
+
+
+def regions(height: int, width: int, layout: Layout = "center") -> list[Box]:
+    """The regions of a frame that `crops_of` will ask for, in its order.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    return [_within(height, width, top, left) for top, left in _places(height, width, layout)]
+
+
+def _check(rgb: NDArray[np.uint8]) -> None:
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
+        raise ValueError(f"expected a frame as uint8 [H, W, 3], got {rgb.dtype} {list(rgb.shape)}")
+
+
+def _places(height: int, width: int, layout: Layout) -> list[tuple[int, int]]:
+    """Top and left of each crop; negative where padding goes before it."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown crops layout {layout!r}; known are {', '.join(LAYOUTS)}")
     places = [(_middle(height), _middle(width))]
@@ -101,15 +126,12 @@ def crops_of(region: Region, height: int, width: int, layout: Layout = "center")
         top, bottom = _ends(height)
         left, right = _ends(width)
         places += [(top, left), (top, right), (bottom, left), (bottom, right)]
-    cut = np.zeros((len(places), CROP_PX, CROP_PX, 3), np.uint8)
-    for crop, (top, left) in zip(cut, places, strict=True):
-        _place(region, height, width, top, left, crop)
-    return cut
+    return places
 
 
-def _check(rgb: NDArray[np.uint8]) -> None:
-    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
-        raise ValueError(f"expected a frame as uint8 [H, W, 3], got {rgb.dtype} {list(rgb.shape)}")
+def _within(height: int, width: int, top: int, left: int) -> Box:
+    """The part of the frame that a crop at `top` and `left` covers."""
+    return max(top, 0), max(left, 0), min(top + CROP_PX, height), min(left + CROP_PX, width)
 
 
 def _middle(size_px: int) -> int:
@@ -127,5 +149,5 @@ def _ends(size_px: int) -> tuple[int, int]:
 def _place(region: Region, height: int, width: int, top: int, left: int, crop: NDArray[np.uint8]) -> None:
     """Fill a black crop with the frame's pixels, read from its region at `top` and `left`; negative ones leave padding."""
     y, x = max(-top, 0), max(-left, 0)
-    part = region(max(top, 0), max(left, 0), min(top + CROP_PX, height), min(left + CROP_PX, width))
+    part = region(*_within(height, width, top, left))
     crop[y : y + part.shape[0], x : x + part.shape[1]] = part

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from engine.containers import Part
+
 EXIF_PREFIX = b"Exif\x00\x00"
+_APP1 = b"\xff\xe1"
 MAX_DIRECTORY_ENTRIES = 4096
 """libtiff's own bound on the tags of one directory."""
 MAX_CHAIN_ENTRIES = 100_000
@@ -122,6 +125,14 @@ def _little_endian(value: bytes, kind: int) -> bytes:
     if width == 1 or len(value) > 64:  # long arrays of numbers (strip offsets) are of no use here
         return value
     return b"".join(value[at : at + width][::-1] for at in range(0, len(value), width))
+
+
+def jpeg_orientation(data: bytes, segments: Iterable[Part]) -> int:
+    """EXIF orientation of a JPEG, 1 to 8, of the first EXIF segment among those of its header; 1 where there is none."""
+    for segment in segments:
+        if segment.name == _APP1 and data.startswith(EXIF_PREFIX, segment.start):
+            return orientation(data[segment.start : segment.end])
+    return 1
 
 
 def orientation(exif: bytes) -> int:

@@ -4,8 +4,10 @@
 # The driver is the node's: NVIDIA's container toolkit mounts it.
 # The base is pinned by tag; whoever builds for production pins its digest: --build-arg PYTHON=python:3.11.13-slim-bookworm@sha256:…
 ARG PYTHON=python:3.11.13-slim-bookworm
+# The same Python with a compiler and libjpeg-turbo's headers: the installation compiles the decoder of JPEG regions.
+ARG BUILD=python:3.11.13-bookworm
 
-FROM ${PYTHON} AS build
+FROM ${BUILD} AS build
 ARG FLAVOUR=tensorrt
 ARG TENSORRT=11.4.0.106
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1

@@ -1,0 +1,215 @@
+"""Crops of a JPEG without decoding the whole of it: what plainly is of the common kind, by libjpeg-turbo; all else is left alone.
+
+CoDE looks at 224 pixels of a photograph's 4,000. libjpeg-turbo skips rows and columns nobody asks for: they are entropy-decoded
+at most, and rows below the last crop not even that. `engine/_jpeg_region.c` calls it, in the copy that Pillow's wheel carries;
+it is compiled where the project is installed with a C compiler and libjpeg-turbo's headers at hand, and its absence costs time
+only.
+
+Pillow's full decode decides what an image is and what counts as damaged. A file comes this way only where both must say the
+same: a header of known segments; 8-bit grey or YCbCr at 4:4:4, 4:2:2 or 4:2:0, baseline or complete progressive; not one warning
+of libjpeg on the way; and an entropy-coded segment that ends in an end-of-image marker, all restart markers in place, which is
+what a full decode needs in order not to run out of data. Before the first use the two are compared on some small pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import functools
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from engine import containers, preprocess, tiff_tags
+from engine.containers import Part
+from engine.image_files import Limits
+from engine.pixels import stored_box
+
+_decode: Callable[..., tuple[bytes, ...] | None] | None = None
+with contextlib.suppress(ImportError):  # not compiled on this machine
+    from engine._jpeg_region import decode as _decode
+    from engine._jpeg_region import use as _use
+
+_FRAMES = frozenset({b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"})
+_TABLES = frozenset({b"\xff\xc4", b"\xff\xdb", b"\xff\xdd"})
+_SCAN = b"\xff\xda"
+_APP0, _APP14, _APP15, _COM = b"\xff\xe0", b"\xff\xee", b"\xff\xef", b"\xff\xfe"
+_SHORTEST_KNOWN_APP_BYTES = 12
+"""Of a JFIF or Adobe segment that Pillow reads without complaint."""
+
+
+class Header(NamedTuple):
+    """What the header of a plain JPEG says."""
+
+    width: int
+    """Stored, before orientation."""
+    height: int
+    orientation: int
+    scan: int
+    """Offset of the first entropy-coded byte."""
+
+
+class Cut(NamedTuple):
+    """Crops uint8 [k, 224, 224, 3], and the size of the picture as a viewer shows it."""
+
+    crops: NDArray[np.uint8]
+    width: int
+    height: int
+
+
+def header(data: bytes) -> Header | None:
+    """The header, where every segment is of a kind that Pillow and libjpeg read alike; None otherwise."""
+    segments = list(containers.jpeg_segments(data))
+    if not segments or segments[-1].name != _SCAN:
+        return None
+    frames = [segment for segment in segments if segment.name in _FRAMES]
+    if len(frames) != 1 or not all(_is_known(data, segment) for segment in segments):
+        return None
+    frame, scan = frames[0], segments[-1]
+    if frame.end - frame.start < 6:
+        return None
+    height, width = (int.from_bytes(data[frame.start + at : frame.start + at + 2], "big") for at in (1, 3))
+    return Header(width, height, tiff_tags.jpeg_orientation(data, segments), scan.end) if width and height else None
+
+
+def _is_known(data: bytes, segment: Part) -> bool:
+    name = segment.name
+    if name in (_APP0, _APP14):
+        return segment.end - segment.start >= _SHORTEST_KNOWN_APP_BYTES
+    return name in _FRAMES or name in _TABLES or _APP0 < name <= _APP15 or name in (_COM, _SCAN)
+
+
+def read_crops(data: bytes, limits: Limits, layout: preprocess.Layout) -> Cut | None:
+    """The crops, exactly those of a full decode; None where a full decode has to be made.
+
+    Raises:
+        TooManyPixels: as a full decode would, by the header.
+    """
+    if not usable():
+        return None
+    found = header(data)
+    if found is None:
+        return None
+    limits.check(found.width, found.height)
+    turned = found.orientation >= 5
+    width, height = (found.height, found.width) if turned else (found.width, found.height)
+    wanted = preprocess.regions(height, width, layout)
+    boxes = [stored_box((left, top, right, bottom), found[:2], found.orientation) for top, left, bottom, right in wanted]
+    bands = _decoded(data, found, boxes)
+    if bands is None:
+        return None
+    cut = {region: _turn(_part(bands, box), found.orientation) for region, box in zip(wanted, boxes, strict=True)}
+    return Cut(preprocess.crops_of(lambda *region: cut[region], height, width, layout), width, height)
+
+
+class _Band(NamedTuple):
+    """Stored rows from `top` on, columns from `left` on."""
+
+    top: int
+    left: int
+    pixels: NDArray[np.uint8]
+
+
+def _decoded(data: bytes, found: Header, boxes: Sequence[tuple[int, int, int, int]]) -> list[_Band] | None:
+    """Rows and columns that cover the boxes (left, top, right, bottom, stored); None where the safe decoder has to decide."""
+    if _decode is None:
+        return None
+    left, right = min(box[0] for box in boxes), max(box[2] for box in boxes)
+    rows = _union((box[1], box[3]) for box in boxes)
+    parts = _decode(data, found.scan, found.width, found.height, left, right, rows)
+    if parts is None:
+        return None
+    return [
+        _Band(top, left, np.frombuffer(part, np.uint8).reshape(bottom - top, right - left, 3))
+        for part, (top, bottom) in zip(parts, rows, strict=True)
+    ]
+
+
+def _union(intervals: Any) -> tuple[tuple[int, int], ...]:
+    """Disjoint intervals, ascending, that cover the same rows."""
+    joined: list[tuple[int, int]] = []
+    for top, bottom in sorted(intervals):
+        if joined and top <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(bottom, joined[-1][1])
+        else:
+            joined.append((top, bottom))
+    return tuple(joined)
+
+
+def _part(bands: list[_Band], box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    left, top, right, bottom = box
+    band = next(band for band in reversed(bands) if band.top <= top)
+    return band.pixels[top - band.top : bottom - band.top, left - band.left : right - band.left]
+
+
+def _turn(stored: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Stored pixels as a viewer shows them."""
+    turned: NDArray[np.uint8] = stored.transpose(1, 0, 2) if orientation >= 5 else stored
+    if orientation in (3, 4, 7, 8):
+        turned = turned[::-1]
+    if orientation in (2, 3, 6, 7):
+        turned = turned[:, ::-1]
+    return turned
+
+
+def usable() -> bool:
+    """Whether the region decoder is compiled, has found a libjpeg-turbo, and agrees with Pillow on this machine."""
+    return library() is not None
+
+
+@functools.cache
+def library() -> str | None:
+    """Path or name of the libjpeg-turbo in use; None where there is none that agrees with Pillow."""
+    if _decode is None:
+        return None
+    samples = _samples()
+    for path in _candidates():
+        with contextlib.suppress(OSError):
+            _use(path)
+            if all(_agrees(picture) for picture in samples):
+                return path
+    return None
+
+
+def _candidates() -> Iterator[str]:
+    """Pillow's own copy (in its wheels for Linux and macOS), then the system's."""
+    package = Path(PIL.__file__).parent
+    yield from sorted(map(str, [*package.parent.glob("[pP]illow.libs/libjpeg*.so*"), *package.glob(".dylibs/libjpeg*.dylib")]))
+    if system := ctypes.util.find_library("jpeg"):
+        yield system
+
+
+def _samples() -> list[bytes]:
+    """Small JPEGs of every kind that comes this way."""
+    noise = np.random.default_rng(0).integers(0, 256, (14, 18, 3), dtype=np.uint8)
+    picture = PIL.Image.fromarray(noise).resize((130, 102), PIL.Image.Resampling.BICUBIC)
+    made = []
+    for options in (
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"progressive": True},
+        {"restart_marker_rows": 1},
+    ):
+        made.append(_saved(picture, **options))
+    return [*made, _saved(picture.convert("L"))]
+
+
+def _saved(picture: PIL.Image.Image, **options: int) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=85, **options)
+    return out.getvalue()
+
+
+def _agrees(data: bytes) -> bool:
+    box = (37, 41, 75, 78)
+    found = header(data)
+    bands = None if found is None else _decoded(data, found, [box])
+    with PIL.Image.open(io.BytesIO(data), formats=("JPEG",)) as file:
+        full = np.asarray(file.convert("RGB").crop(box))
+    return bands is not None and np.array_equal(_part(bands, box), full)
