@@ -22,6 +22,18 @@ def before_poll(consumer: KafkaConsumer) -> None:
     _restore_parked(consumer)
 
 
+def forget_owned(consumer: KafkaConsumer) -> None:
+    """To be called when partitions were lost: a member that rejoins must not claim what it does not own any more.
+
+    The cooperative assignor tells the group the last assignment it ever got, also after an expulsion. A leader that believes
+    it gives these partitions back to it at once, while their owner of the meantime still works on them and commits: both
+    do the same work, and with transactions both publish it.
+    """
+    coordinator: Any = getattr(consumer, "_coordinator", None)
+    for assignor in getattr(coordinator, "_assignors", {}).values():
+        assignor.member_assignment = None
+
+
 class _Join:
     """A group join in flight that counts as unfinished until somebody waits for it. Stands in for a kafka-python Future."""
 

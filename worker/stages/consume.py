@@ -23,7 +23,7 @@ from worker.clock import Clock, Deadline, SystemClock
 from worker.errors import ConfigurationError, DependencyError
 from worker.items import Record
 from worker.kafka_clients import describe, open_consumer
-from worker.kafka_workarounds import before_poll
+from worker.kafka_workarounds import before_poll, forget_owned
 from worker.ledger import Ledger, Partition
 from worker.settings import KafkaSettings
 
@@ -351,6 +351,7 @@ class Consumer:
 
     def _on_lost(self, partitions: frozenset[Partition]) -> None:
         self._paused -= partitions
+        forget_owned(self._raw)
         log.warning("consumer.partitions_lost", partitions=sorted(f"{topic}/{number}" for topic, number in partitions))
         self._observer.rebalanced("lost", partitions, self._ledger.revoke(partitions))
 

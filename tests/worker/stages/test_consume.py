@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import kafka.record.default_records as default_records
 import pytest
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.future import Future
 
 from tests.worker.kafka_topics import committed, log_ends, prepare, produce, until
@@ -265,17 +266,29 @@ def test_what_only_waits_does_not_hold_up_a_revoke(kafka_settings: Settings) -> 
 
 
 @pytest.mark.slow
-def test_an_expelled_member_loses_its_tenure_and_commits_nothing_of_it(kafka_settings: Settings) -> None:
+def test_an_expelled_member_loses_its_tenure_commits_nothing_of_it_and_claims_nothing(
+    kafka_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = prepare(kafka_settings(max_poll_interval_ms=2_000))
     topic = settings.upload_topics[0]
     produce(settings, topic, values(12))
+    claims: list[tuple[bool, int]] = []
     with member(settings) as one:
+        metadata = CooperativeStickyAssignor.metadata
+
+        def claimed(self: Any, topics: Any) -> Any:
+            told = metadata(self, topics)
+            claims.append((("lost", 6) in one.observer.events, len(told.owned_partitions)))
+            return told
+
+        monkeypatch.setattr(CooperativeStickyAssignor, "metadata", claimed)
         until(lambda: len(one.open) == 12, one.step)
         before = tuple(one.open)
         time.sleep(4)  # the main thread hangs: the client leaves the group by itself
         one.finish()
         until(lambda: len(one.seen) == 24, one.step)  # read anew: the first tenure's finished records were not committed
         assert ("lost", 6) in one.observer.events
+        assert (True, 0) in claims  # a leader would believe it, and take the partitions from their owner at once
         assert committed(settings, topic) == {}
         assert not any(one.ledger.current(record.position) for record in before)
 
