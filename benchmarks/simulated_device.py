@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.batching_policy import BatchConfig, BatchQueue, Entry
+from engine.device_speed import DeviceSpeed
 
 
 @dataclass
@@ -70,13 +71,17 @@ def in_virtual_time(
         For each item its name, its moment, the moment its scores are there, and the size of its batch.
     """
     queue: BatchQueue[str] = BatchQueue(config)
+    speed = DeviceSpeed()
+    for crops in (1, config.max_batch_size):
+        speed.learn(crops, device.seconds(crops))
+    prompt = speed.prompt(config.max_queue_delay_s)
     now, free_at, at = 0.0, 0.0, 0
     while at < len(schedule) or queue.crops:
         while at < len(schedule) and schedule[at][0] <= now:
             moment, name, priority = schedule[at]
             queue.push(Entry(name, 1, priority, moment))
             at += 1
-        departure = queue.take(now) if now >= free_at else None
+        departure = queue.take(now, cap=queue.cap(now, None, prompt)) if now >= free_at else None
         if departure is not None:
             free_at = now + device.seconds(departure.size)
             for part in departure.slices:
@@ -84,5 +89,5 @@ def in_virtual_time(
             continue
         moments = [schedule[at][0]] if at < len(schedule) else []
         if queue.crops:
-            moments.append(max(free_at, queue.wake_at()))
+            moments.append(max(free_at, queue.wake_at(queue.cap(now, None, prompt))))
         now = min(moments)

@@ -119,7 +119,8 @@ class Batcher(Generic[T]):
         self._sleeps_until: float | None = None
         self._room = [threading.Condition(self._lock) for _ in range(config.priority_levels)]
         self._lines: list[deque[object]] = [deque() for _ in range(config.priority_levels)]
-        self._cap: int | None = None
+        self._device_cap: int | None = None
+        self._prompt: int | None = None
         self._running = False
         self._closed = False
         self._drain = True
@@ -133,8 +134,8 @@ class Batcher(Generic[T]):
 
     def unfinished(self) -> list[T]:
         """Contexts of accepted items that were given neither to `on_done` nor to `on_error`, in order of arrival."""
-        with self._lock:
-            return [job.context for job in self._open]
+        # A copy in one step: `_settle` takes items out without the lock.
+        return [job.context for job in list(self._open)]
 
     def submit(
         self,
@@ -166,7 +167,7 @@ class Batcher(Generic[T]):
             self._wait_for_room(self._queue.level(priority), len(crops), timeout)
             self._open[job] = None
             self._queue.push(Entry(job, len(crops), priority, self._clock(), deadline))
-            if self._sleeps_until is not None and self._queue.wake_at(self._cap) < self._sleeps_until:
+            if self._sleeps_until is not None and self._queue.wake_at(self._cap(self._clock())) < self._sleeps_until:
                 self._work.notify()
 
     def close(self, drain: bool = True) -> None:
@@ -224,6 +225,7 @@ class Batcher(Generic[T]):
                 self._closed = True
                 self._failure = sys.exception()
                 self._wake_everyone()
+            flights.close()
 
     # The rest runs under the lock where it says so, and otherwise in the device's thread.
 
@@ -264,7 +266,8 @@ class Batcher(Generic[T]):
                 if not expired:
                     if self._closed and not (self._drain and self._queue.crops):
                         return False
-                    wake_at = flights.next_at() if flights else self._queue.wake_at(self._cap)
+                    cap = self._cap(now)
+                    wake_at = flights.next_at(self._queue.overtakes(cap)) if flights else self._queue.wake_at(cap)
                     if self._closed or wake_at <= now:
                         return True
                     self._sleeps_until = None if flights else wake_at
@@ -278,9 +281,13 @@ class Batcher(Generic[T]):
 
     def _take(self, busy: bool) -> Departure[_Job[T]] | None:
         with self._lock:
-            departure = self._queue.take(self._clock(), busy=busy, closing=self._closed, cap=self._cap)
+            now = self._clock()
+            departure = self._queue.take(now, busy=busy, closing=self._closed, cap=self._cap(now))
             self._make_room()
             return departure
+
+    def _cap(self, now: float) -> int | None:
+        return self._queue.cap(now, self._device_cap, self._prompt)
 
     @staticmethod
     def _parts(departure: Departure[_Job[T]]) -> list[NDArray[np.uint8]]:
@@ -295,7 +302,8 @@ class Batcher(Generic[T]):
         """Land the oldest batch and tell about it."""
         landed = flights.land()
         with self._lock:
-            self._cap = flights.cap
+            self._device_cap = flights.cap
+            self._prompt = flights.speed.prompt(self._config.max_queue_delay_s)
         if self._observer is not None:
             self._observer(self._report(landed))
         stop = 0
@@ -327,17 +335,18 @@ class Batcher(Generic[T]):
 
     def _report(self, landed: Landed[_Job[T], E]) -> BatchReport:
         waits_s = tuple(landed.started - part.entry.arrived for part in landed.departure.slices if part.start == 0)
-        return BatchReport(landed.departure.size, landed.departure.reason, waits_s, landed.infer_s, self._cap)
+        return BatchReport(landed.departure.size, landed.departure.reason, waits_s, landed.infer_s, self._device_cap)
 
     def _settle(self, entry: Entry[_Job[T]]) -> None:
         """An item is done with: nothing of it waits, and its pixels are let go."""
-        with self._lock:
-            self._open.pop(entry.item, None)
-            entry.item.crops = _NO_PIXELS
-            if entry.taken < entry.crops:
+        if entry.taken < entry.crops:
+            with self._lock:
                 self._queue.drop(entry)
                 self._make_room()
-            entry.gone = True
+        # The rest without the lock, for which producers stand in line: each of these is one step to them.
+        entry.gone = True
+        entry.item.crops = _NO_PIXELS
+        self._open.pop(entry.item, None)
 
     def _swap(
         self,

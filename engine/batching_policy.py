@@ -10,6 +10,8 @@ Rules, in Triton's words:
   fills its level never locks urgent items out.
 * Within a level first come, first served. Urgent levels go first; when not all that waits fits into the batch, a share
   of it (`bulk_share`) goes to the oldest items of the less urgent levels, so that none starves.
+* While urgent items come (one in the last `URGENT_MEMORY_S`), batches with bulk in them stay so small that an urgent item that
+  meets one is through within twice the time it takes alone; but no smaller than the smallest preferred size.
 * Sizes count crops. An item is split where a batch ends: what is left of it could not finish earlier anyway.
 """
 
@@ -26,6 +28,9 @@ from typing import Generic, Literal, TypeVar
 Reason = Literal["full", "timeout", "drain"]
 
 T = TypeVar("T")
+
+URGENT_MEMORY_S = 10.0
+"""For how long after an urgent item more of them must be expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,7 @@ class BatchQueue(Generic[T]):
         self._early: _Timers[T] = _Timers()
         self._sequence = 0
         self._credit = 0.0
+        self._urgent_at = -math.inf
 
     @property
     def crops(self) -> int:
@@ -149,6 +155,8 @@ class BatchQueue(Generic[T]):
         level = self.level(entry.priority)
         self._levels[level].append(entry)
         self._waiting[level] += entry.crops
+        if level == 0:
+            self._urgent_at = entry.arrived
         self._time(entry)
 
     def restart(self) -> list[Entry[T]]:
@@ -184,6 +192,23 @@ class BatchQueue(Generic[T]):
             return -math.inf
         oldest = min(level[0].arrived for level in self._levels if level)
         return min(oldest + self._config.max_queue_delay_s, self._early.next(), self._deadlines.next())
+
+    def cap(self, now: float, device: int | None, prompt: int | None) -> int | None:
+        """The cap for the next batch: the device's, and while urgent items come, bulk makes batches no larger than `prompt`.
+
+        Not smaller than the smallest preferred size, and not smaller than the urgent crops that wait.
+
+        Args:
+            device: what the device has memory for; None: `max_batch_size`.
+            prompt: the largest batch beside which urgent crops stay prompt; None: any.
+        """
+        if prompt is None or now - self._urgent_at > URGENT_MEMORY_S or not any(self._waiting[1:]):
+            return device
+        return min(max(prompt, self._config.leaves_at, self._waiting[0]), self._limit(device))
+
+    def overtakes(self, cap: int | None = None) -> bool:
+        """Whether crops that come later could be more urgent than those of the next whole batch."""
+        return len(self._levels) > 1 and self._waiting[0] < self._limit(cap)
 
     def take(self, now: float, *, busy: bool = False, closing: bool = False, cap: int | None = None) -> Departure[T] | None:
         """The batch that leaves now, or None: wait until `wake_at`, or until something arrives.

@@ -14,13 +14,18 @@ from numpy.typing import NDArray
 
 from engine.backends.base import BackendError, OutOfDeviceMemory
 from engine.batching_policy import Departure
-from engine.isolation import Outcome, finite, isolate
+from engine.device_speed import DeviceSpeed
+from engine.device_thread import Call, DeviceThread
+from engine.isolation import Infer, Outcome, finite, isolate
 
 log = structlog.get_logger()
 
 AHEAD = 0.5
-"""How early the next batch goes behind one under way, as a share of what that one takes: a batch that is put together later
-can still take urgent crops that have come meanwhile."""
+"""How early the next batch goes behind one under way at most, as a share of what that one takes."""
+AHEAD_S = 0.002
+"""And in seconds, where more urgent crops may still come: a batch that is put together later can take them along."""
+DEPTH = 2
+"""Batches that may be under way where the engine itself takes one at a time: the second waits in the device's thread."""
 CAP_DOUBLES_AFTER = 256
 """Whole batches at a lowered cap that must succeed before a larger one is tried again."""
 
@@ -65,6 +70,7 @@ class _Flight(Generic[T, E]):
     started: float
     ticket: Any = None
     result: NDArray[np.float32] | Exception | None = None
+    ended: float | None = None
 
     @property
     def crops(self) -> NDArray[np.uint8]:
@@ -96,22 +102,29 @@ class Flights(Generic[T, E]):
         self._free: list[NDArray[np.uint8]] = []
         self._flights: deque[_Flight[T, E]] = deque()
         self._landed_at = -math.inf
-        self._takes_s: dict[int, float] = {}
         self._assembly_s = 0.0
         self._whole_at_cap = 0
+        self._device: DeviceThread | None = None
+        self.speed = DeviceSpeed()
+        """What batches take; learnt as they land."""
         self.cap: int | None = None
         """The largest batch that the device has memory for; None: `max_batch_size`."""
 
     def __len__(self) -> int:
         return len(self._flights)
 
-    def next_at(self) -> float:
-        """When to put the next batch behind those under way, so that the device does not stand still; -inf: now."""
-        expected = [self._takes_s.get(len(flight.crops), 0.0) for flight in self._flights]
+    def next_at(self, overtakes: bool) -> float:
+        """When to put the next batch behind those under way, so that the device does not stand still; -inf: now.
+
+        Args:
+            overtakes: whether crops that come later could be more urgent than those of the next batch.
+        """
+        expected = [self.speed.seconds(len(flight.crops)) or 0.0 for flight in self._flights]
         if not all(expected):
             return -math.inf
         begun = max(self._flights[0].started, self._landed_at)
-        return begun + sum(expected) - AHEAD * expected[-1] - self._assembly_s
+        ahead_s = AHEAD * expected[-1]
+        return begun + sum(expected) - (min(ahead_s, AHEAD_S) if overtakes else ahead_s) - self._assembly_s
 
     def launch(self, departure: Departure[T], parts: list[NDArray[np.uint8]], engine: E) -> bool:
         """Copy the crops of each slice into a batch and begin its call. True: the device takes another one behind it."""
@@ -123,15 +136,16 @@ class Flights(Generic[T, E]):
             buffer[bounds[-2] : bounds[-1]] = crops
         flight = _Flight(departure, engine, buffer, bounds, self._clock())
         self._flights.append(flight)
-        self._assembly_s = max(0.9 * self._assembly_s, flight.started - begun)
-        depth: int = getattr(engine, "depth", 1)
-        try:
-            if depth > 1:
+        if (depth := _depth(engine)) == 1:
+            self._thread().submit(engine.infer, flight.crops)
+            # How long an unknown size takes must be seen first: until then nobody knows when the next batch is due.
+            depth = 1 if self.speed.seconds(len(flight.crops)) is None else DEPTH
+        else:
+            try:
                 flight.ticket = cast(Overlapping, engine).submit(flight.crops)
-            else:
-                flight.result = engine.infer(flight.crops)
-        except Exception as error:  # noqa: BLE001  settled in `land`, which tells the device's failures from the images'
-            flight.result = error
+            except Exception as error:  # noqa: BLE001  settled in `land`, which tells the device's failures from the images'
+                flight.result = error
+        self._assembly_s = max(0.9 * self._assembly_s, self._clock() - begun)
         return len(self._flights) < depth
 
     def land(self) -> Landed[T, E]:
@@ -145,20 +159,49 @@ class Flights(Generic[T, E]):
         if isinstance(result, Exception) or not finite(result, len(flight.crops)):
             for other in self._flights:
                 other.result = self._collect(other)
-            outcome = isolate(flight.engine.infer, flight.crops, flight.bounds, result)
+            outcome = isolate(self._blocking(flight.engine), flight.crops, flight.bounds, result)
+            flight.ended = None
         else:
             outcome = Outcome(result)
         self._free.append(flight.buffer)
         self._note_cap(outcome.cap, len(flight.crops))
         now = self._clock()
         begun = max(flight.started, self._landed_at)
-        self._landed_at = now
-        self._learn(len(flight.crops), now - begun)
-        return Landed(flight.departure, flight.engine, outcome, flight.started, now, now - begun)
+        ended = now if flight.ended is None else flight.ended
+        self._landed_at = ended
+        self.speed.learn(len(flight.crops), ended - begun)
+        return Landed(flight.departure, flight.engine, outcome, flight.started, now, ended - begun)
 
-    @staticmethod
-    def _collect(flight: _Flight[T, E]) -> NDArray[np.float32] | Exception:
-        if flight.result is None:
+    def close(self) -> None:
+        """Let go of the device's thread; what is under way is lost."""
+        if self._device is not None:
+            self._device.close()
+            self._device = None
+
+    def _thread(self) -> DeviceThread:
+        if self._device is None:
+            self._device = DeviceThread(self._clock)
+        return self._device
+
+    def _blocking(self, engine: E) -> Infer:
+        """The engine's `infer`, from the thread that its other calls come from; only while nothing is under way."""
+        if _depth(engine) > 1:
+            return engine.infer
+
+        def infer(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+            self._thread().submit(engine.infer, crops)
+            result = self._thread().collect().result
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        return infer
+
+    def _collect(self, flight: _Flight[T, E]) -> NDArray[np.float32] | Exception:
+        if flight.result is None and _depth(flight.engine) == 1:
+            call: Call = self._thread().collect()
+            flight.result, flight.ended = call.result, call.ended
+        elif flight.result is None:
             try:
                 flight.result = cast(Overlapping, flight.engine).collect(flight.ticket)
             except Exception as error:  # noqa: BLE001  as in `launch`
@@ -166,10 +209,6 @@ class Flights(Generic[T, E]):
         if isinstance(flight.result, BackendError) and not isinstance(flight.result, OutOfDeviceMemory):
             raise flight.result
         return flight.result
-
-    def _learn(self, size: int, took_s: float) -> None:
-        """The shortest recent time a batch of this size took; it forgets slowly."""
-        self._takes_s[size] = min(took_s, 1.05 * self._takes_s.get(size, took_s))
 
     def _note_cap(self, cap: int | None, size: int) -> None:
         """Lower the cap where memory ran out; try twice as much again after it has held for long."""
@@ -183,3 +222,7 @@ class Flights(Generic[T, E]):
                 self.cap = self.cap * 2 if self.cap * 2 < self._max_batch_size else None
                 self._whole_at_cap = 0
                 log.info("engine.batch_cap_raised", crops=self.cap or self._max_batch_size)
+
+
+def _depth(engine: Engine) -> int:
+    return int(getattr(engine, "depth", 1))

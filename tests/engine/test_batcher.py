@@ -52,7 +52,7 @@ class Echo:
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         self.entered.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         self.sizes.append(len(batch))
         if self.a_s or self.b_s:
             time.sleep(self.a_s + self.b_s * len(batch))
@@ -109,7 +109,7 @@ class Told:
             self.order.append(context)
             self.changed.notify_all()
 
-    def wait_for(self, n: int, timeout: float = 10) -> None:
+    def wait_for(self, n: int, timeout: float = 60) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.order) >= n, timeout), f"{len(self.order)} of {n} settled"
 
@@ -130,7 +130,7 @@ def running(batcher: Batcher[Any], engine: Callable[[], Any]) -> Iterator[Told]:
         yield told
     finally:
         batcher.close()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), "run did not return after close"
 
 
@@ -202,9 +202,9 @@ def test_a_lone_item_leaves_after_the_delay_and_not_before() -> None:
         batcher.submit(crops(7), 0, "one")
         told.wait_for(1)
         took = time.monotonic() - started
-    assert 0.030 <= took < 0.5
+    assert took >= 0.030
     assert [report.reason for report in reports] == ["timeout"]
-    assert told.timings["one"].queue_s + told.timings["one"].infer_s == pytest.approx(took, abs=0.05)
+    assert 0.030 <= told.timings["one"].queue_s + told.timings["one"].infer_s <= took + 0.001
 
 
 def test_a_preferred_size_leaves_an_idle_device_at_once() -> None:
@@ -223,7 +223,7 @@ def test_a_busy_device_fills_the_next_batch_to_the_maximum() -> None:
     engine.gate.clear()
     with running(batcher, always(engine)) as told:
         batcher.submit(crops(0), 0, 0)
-        assert engine.entered.wait(5)
+        assert engine.entered.wait(30)
         for value in range(1, 12):
             batcher.submit(crops(value), 0, value)
         engine.gate.set()
@@ -244,12 +244,40 @@ def test_an_overlapping_engine_gets_a_whole_batch_behind_the_one_under_way_and_o
     assert set(engine.sizes[1:-1]) == {4}
 
 
+def test_the_next_batch_lies_ready_while_a_blocking_engine_computes() -> None:
+    """And every call, the ones for a failure too, comes from one thread."""
+    batcher, threads = make(max_batch_size=4, max_queue_delay_microseconds=0), set()
+
+    class Watched(Echo):
+        def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+            threads.add(threading.current_thread().name)
+            return super().infer(batch)
+
+    engine = Watched(0.001)
+    with running(batcher, always(engine)) as told:
+        for value in range(2):  # until the batcher knows how long four crops take
+            batcher.submit(crops(value, 4), 0, value)
+        told.wait_for(2)
+        engine.gate.clear()
+        engine.entered.clear()
+        for value in range(2, 5):
+            batcher.submit(crops(value, 4), 0, value)
+        assert engine.entered.wait(30)
+        deadline = time.monotonic() + 30
+        while batcher.queued > 4 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert batcher.queued == 4, "one batch is under way, one lies behind it, one waits"
+        engine.gate.set()
+        told.wait_for(5)
+    assert threads == {"device"} and told.order == list(range(5))
+
+
 def test_a_full_level_holds_its_own_producers_and_no_others() -> None:
     batcher, engine = make(max_batch_size=4, max_queue_size=4, max_queue_delay_microseconds=0), Echo()
     engine.gate.clear()
     with running(batcher, always(engine)) as told:
         batcher.submit(crops(0), 1, "under way")
-        assert engine.entered.wait(5)
+        assert engine.entered.wait(30)
         batcher.submit(crops(1, 4), 1, "waits")
         with pytest.raises(QueueFull):
             batcher.submit(crops(2), 1, "bulk", timeout=0)
@@ -292,7 +320,7 @@ def test_close_without_drain_stops_after_the_batch_under_way_and_names_what_is_l
     engine.gate.clear()
     with running(batcher, always(engine)) as told:
         batcher.submit(crops(0, 2), 0, 0)
-        assert engine.entered.wait(5)
+        assert engine.entered.wait(30)
         for value in (1, 2, 3):
             batcher.submit(crops(value), 0, value)
         batcher.close()
@@ -318,7 +346,7 @@ def test_close_frees_those_who_wait_for_room() -> None:
     time.sleep(0.05)
     batcher.close()
     for waiter in waiters:
-        waiter.join(5)
+        waiter.join(30)
     assert len(raised) == 3 and batcher.unfinished() == [0]
 
 
@@ -331,7 +359,7 @@ def test_a_device_error_ends_run_blames_nobody_and_frees_the_waiting(kind: type[
     engine.gate.clear()
     with running(batcher, always(engine)) as told:
         batcher.submit(crops(0, 2), 0, 0)
-        assert engine.entered.wait(5)
+        assert engine.entered.wait(30)
         batcher.submit(crops(1, 2), 0, 1)
         threading.Timer(0.05, engine.gate.set).start()
         with pytest.raises(BatcherClosed) as caught:
@@ -402,7 +430,7 @@ def test_a_deadline_that_passes_in_the_queue_ends_the_item_without_device_time()
     engine.gate.clear()
     with running(batcher, always(engine)) as told:
         batcher.submit(crops(0), 0, "under way")
-        assert engine.entered.wait(5)
+        assert engine.entered.wait(30)
         batcher.submit(crops(1), 0, "late", deadline=time.monotonic() + 0.02)
         batcher.submit(crops(2), 0, "patient", deadline=time.monotonic() + 60)
         time.sleep(0.05)
@@ -435,7 +463,7 @@ def test_a_swap_happens_between_batches_and_no_item_is_scored_by_two_engines() -
     engines[0].gate.clear()
     with running(batcher, lambda: engines[next(asked)]) as told:
         batcher.submit(crops(0), 0, 0)
-        assert engines[0].entered.wait(5)
+        assert engines[0].entered.wait(30)
         batcher.submit(crops(1, 10), 0, 1)
         batcher.submit(crops(2), 0, 2)
         engines[0].gate.set()
@@ -490,7 +518,7 @@ def test_those_who_wait_for_room_are_served_in_order_whatever_their_size() -> No
     with running(batcher, always(Echo())) as told:
         told.wait_for(3)
         for thread in threads:
-            thread.join(5)
+            thread.join(30)
     assert told.order == ["first", "large", "small"]
 
 
@@ -511,7 +539,7 @@ def test_room_that_a_failed_item_leaves_is_given_to_those_who_wait(late: bool) -
         time.sleep(0.35)
     with running(batcher, always(engine)) as told:
         told.wait_for(2)
-        waiter.join(5)
+        waiter.join(30)
     assert list(told.done) == ["waits"] and list(told.errors) == ["fails"]
 
 

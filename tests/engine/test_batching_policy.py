@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.simulated_device import SimulatedDevice, in_virtual_time, poisson
 from engine.batching_policy import BatchConfig, BatchQueue, Departure, Entry
 
 
@@ -294,3 +296,46 @@ def test_a_share_that_bulk_did_not_need_is_not_saved_up_against_urgent_items() -
     departure = queue.take(0.0)
     assert departure is not None
     assert [(part.entry.item, part.stop - part.start) for part in departure.slices] == [("urgent", 4), ("much bulk", 4)]
+
+
+def test_while_urgent_items_come_bulk_makes_batches_no_larger_than_prompt() -> None:
+    queue: BatchQueue[str] = BatchQueue(BatchConfig(max_batch_size=32, preferred_batch_size=(8, 32), max_queue_size=1_000))
+    queue.push(Entry("bulk", 100, 1, 0.0))
+    assert queue.cap(0.0, None, 20) is None, "nothing urgent has come"
+    queue.push(Entry("urgent", 1, 0, 1.0))
+    assert queue.cap(1.0, None, 20) == 20
+    assert queue.cap(1.0, None, 3) == 8, "not below the smallest preferred size"
+    assert queue.cap(1.0, None, 50) == 32 and queue.cap(1.0, 16, 20) == 16 and queue.cap(1.0, 16, None) == 16
+    departure = queue.take(1.0, cap=queue.cap(1.0, None, 20))
+    assert departure is not None and departure.size == 20 and departure.slices[0].entry.item == "urgent"
+    assert queue.cap(12.0, None, 20) is None, "urgent items have ceased"
+    queue.push(Entry("many urgent", 25, 0, 12.0))
+    assert queue.cap(12.0, None, 20) == 25, "urgent crops go together as many as wait"
+
+
+def test_urgent_traffic_alone_is_not_limited() -> None:
+    queue: BatchQueue[str] = BatchQueue(BatchConfig(max_batch_size=32, max_queue_size=1_000))
+    queue.push(Entry("urgent", 100, 0, 0.0))
+    assert queue.cap(0.0, None, 1) is None
+
+
+def test_only_the_most_urgent_cannot_be_overtaken() -> None:
+    queue: BatchQueue[str] = BatchQueue(BatchConfig(max_batch_size=4))
+    queue.push(Entry("bulk", 10, 1, 0.0))
+    assert queue.overtakes()
+    queue.push(Entry("urgent", 4, 0, 0.0))
+    assert not queue.overtakes()
+    assert not BatchQueue(BatchConfig(priority_levels=1)).overtakes()
+
+
+@pytest.mark.parametrize(("a_s", "b_s"), [(0.004, 0.00015), (0.002, 0.0001), (0.005, 0.0005), (0.010, 0.001), (0.001, 0.00003)])
+def test_under_bursts_the_urgent_p99_stays_under_twice_its_quiet_one(a_s: float, b_s: float) -> None:
+    """In virtual time. Where a crop is so dear that the smallest preferred size takes too long nothing can (docs/batching.md)."""
+    config, device = BatchConfig(), SimulatedDevice(a_s, b_s)
+    urgent = [(moment, "urgent", 0) for moment in poisson(30, 60, 13)]
+    bulk = [(0.25 + 0.5 * number, "bulk", 1) for number in range(120) for _ in range(150)]
+    p99 = []
+    for schedule in (urgent, sorted(urgent + bulk)):
+        ran = in_virtual_time(config, device, schedule)
+        p99.append(float(np.percentile([ended - came for name, came, ended, _ in ran if name == "urgent"], 99)))
+    assert p99[1] < 1.8 * p99[0]
