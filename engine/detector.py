@@ -182,8 +182,13 @@ class Detector:
 
     def collect(self, ticket: Any) -> NDArray[np.float32]:
         """Calibrated probabilities of a submitted batch; each ticket once, in the order of `submit`. Errors as `infer`."""
+        return self.calibrate(self.collect_outputs(ticket).raw)
+
+    def collect_outputs(self, ticket: Any) -> Outputs:
+        """As `collect`, raw scores and embeddings."""
         collect = getattr(self._backend, "collect", None)
-        return self.infer(ticket) if collect is None else self.calibrate(collect(ticket).raw)
+        outputs: Outputs = self._backend.infer(ticket) if collect is None else collect(ticket)
+        return outputs
 
     def calibrate(self, raw: NDArray[np.float32]) -> NDArray[np.float32]:
         """Raw scores f32 [n, 3] to probabilities f32 [n, 3]; a row with a value that is not finite becomes NaN."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from worker.drift import DriftMonitor
 from worker.errors import ConfigurationError, DependencyError
 from worker.items import ModelRef
 from worker.metrics import Metrics
@@ -106,10 +107,12 @@ class EngineLoader:
         foreign = {name for name, threshold in detector.thresholds.items() if threshold.crops != detector.crops}
         if foreign:
             log.warning("engine.thresholds_of_other_crops", crops=detector.crops, thresholds=sorted(foreign))
-        return engine_of(detector, settings.decode.max_frames)
+        reference = detector.bundle.manifest.reference
+        drift = None if reference is None else DriftMonitor(reference, self._metrics)
+        return engine_of(detector, settings.decode.max_frames, drift)
 
 
-def engine_of(detector: Detector, max_frames: int) -> Engine:
-    """The engine record of a detector: its name in verdicts, and its part of the cache's key."""
+def engine_of(detector: Detector, max_frames: int, drift: DriftMonitor | None = None) -> Engine:
+    """The engine record of a detector: its name in verdicts, its part of the cache's key, and who watches its outputs."""
     model = ModelRef(detector.name, detector.version, detector.head, detector.backend_name, detector.device)
-    return Engine(detector, model, f"{detector.cache_scope}:{max_frames}")
+    return Engine(detector, model, f"{detector.cache_scope}:{max_frames}", drift)

@@ -96,13 +96,25 @@ class Metrics:
         self.shadow_decisions = _counter(
             "shadow_decisions", "What shadow rules would have done, beside what was done.", registry, "rule", "action", "actual"
         )
+        self.score_drift = _gauge(
+            "score_drift", "Population stability index of recent scores against the model's reference.", registry, "head"
+        )
+        self.embedding_drift = _gauge(
+            "embedding_drift",
+            "Shift of the mean embedding against the model's reference, in standard deviations.",
+            registry,
+        )
+        self.drift_crops = _gauge("drift_crops", "Crops behind the drift figures; old ones fade.", registry)
         self.ready = _gauge("ready", "1 while /readyz says yes.", registry)
         ProcessCollector(registry=registry)  # process_resident_memory_bytes and its family, under their usual names
 
         self._start_series()
 
     def set_engine(self, model: str, backend: str, device: str) -> None:
-        """The model that serves from now on; the one before disappears."""
+        """The model that serves from now on; the one before disappears, and its drift with it."""
+        self.score_drift.clear()
+        self.embedding_drift.set(float("nan"))
+        self.drift_crops.set(0)
         self.engine_info.clear()
         self.engine_info.labels(model, backend, device).set(1)
 
@@ -143,6 +155,7 @@ class Metrics:
         for reason in ("crashed", "timeout", "recycled"):
             self.decoder_restarts.labels(reason)
         self.build_info.labels(_version()).set(1)
+        self.embedding_drift.set(float("nan"))
 
 
 def _counter(name: str, help_text: str, registry: CollectorRegistry, *labels: str) -> Counter:

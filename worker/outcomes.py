@@ -14,7 +14,9 @@ from worker.errors import ItemError, TransientItemError
 from worker.items import Delivery, Event, ImageInfo, Item, ModelRef, Position, Record, Scored, Timings
 
 if TYPE_CHECKING:
+    from engine.backends.base import Outputs
     from engine.detector import Detector
+    from worker.drift import DriftMonitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,14 @@ class Engine:
     detector: Detector
     model: ModelRef
     scope: str
+    drift: DriftMonitor | None = None
+    """Sees every batch; None where the bundle has no reference."""
 
     def infer(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [n, 224, 224, 3] -> float32 [n, heads], calibrated probabilities."""
-        return self.detector.infer(crops)
+        if self.drift is None:
+            return self.detector.infer(crops)
+        return self._seen(self.detector.outputs(crops))
 
     @property
     def depth(self) -> int:
@@ -88,7 +94,15 @@ class Engine:
 
     def collect(self, ticket: object) -> NDArray[np.float32]:
         """Probabilities of a submitted batch, in the order of `submit`."""
-        return self.detector.collect(ticket)
+        if self.drift is None:
+            return self.detector.collect(ticket)
+        return self._seen(self.detector.collect_outputs(ticket))
+
+    def _seen(self, outputs: Outputs) -> NDArray[np.float32]:
+        probabilities = self.detector.calibrate(outputs.raw)
+        if self.drift is not None:
+            self.drift.see(outputs.embedding, probabilities)
+        return probabilities
 
 
 @dataclass(frozen=True, slots=True)

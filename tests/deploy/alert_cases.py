@@ -164,6 +164,26 @@ CASES = (
         48 * 60 + 180,
         apart=5,
     ),
+    Case(
+        "CodeWorkerScoreDrift",
+        {
+            name("code_worker_build_info", 'version="1"'): "1x700",
+            name("code_worker_ready"): "1x700",
+            name("code_worker_score_drift", 'head="linear"'): "0.3x576 0.5x124",
+        },
+        48 * 60 + 180,
+        apart=5,
+    ),
+    Case(
+        "CodeWorkerEmbeddingDrift",
+        {
+            name("code_worker_build_info", 'version="1"'): "1x700",
+            name("code_worker_ready"): "1x700",
+            name("code_worker_embedding_drift"): "0.4x576 0.8x124",
+        },
+        48 * 60 + 180,
+        apart=5,
+    ),
     Case("CodeWorkerBundleRefused", {**ALIVE, name("code_worker_bundle_swaps_total", 'status="failed"'): "0x10 1x20"}, 13),
     Case("CodeWorkerPolicyRefused", {**ALIVE, name("code_worker_policy_reloads_total", 'status="failed"'): "0x10 1x20"}, 13),
 )
