@@ -8,7 +8,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 upper = $(shell echo $(1) | tr a-z A-Z)
 option = $(if $($(call upper,$(1))),--$(1) "$($(call upper,$(1)))")
 
-.PHONY: demo test test-fast lint bench chaos clean
+.PHONY: bench-peers demo test test-fast lint bench chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +65,10 @@ bench: $(VENV)/.dev
 # Each NAME=value becomes --name value.
 chaos: $(VENV)/.dev
 	@exec $(BIN)/python -m tests.chaos $(foreach name,minutes seed nodes workers events faults delivery out logs,$(call option,$(name)))
+
+bench-peers: $(VENV)/.dev
+	@$(INSTALL) --editable '.[peers]'
+	@$(BIN)/python -m benchmarks.peers
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,41 @@
+"""Peers (c), their Kafka side: aiokafka reads, up to 64 images at a time go to the batching server; verdicts, then a commit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+
+import aiohttp
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+
+URL = os.environ["PEER_URL"]
+AT_ONCE = 64
+
+
+async def main() -> None:
+    """Until killed."""
+    servers = os.environ["PEER_BOOTSTRAP"]
+    consumer = AIOKafkaConsumer(
+        "image.uploads", bootstrap_servers=servers, group_id="peer", auto_offset_reset="earliest", enable_auto_commit=False
+    )
+    producer = AIOKafkaProducer(bootstrap_servers=servers, linger_ms=5, max_request_size=8_000_000)
+    async with consumer, producer, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=AT_ONCE)) as http:
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def judge(event_id: str, image: bytes) -> None:
+            async with room, http.post(URL, data=image, raise_for_status=True) as answer:
+                score = json.loads(await answer.read())["score"]
+            verdict = {"event_id": event_id, "score": score}
+            await producer.send_and_wait("image.verdicts", json.dumps(verdict).encode())
+
+        while True:
+            batches = await consumer.getmany(timeout_ms=50, max_records=256)
+            records = [record for batch in batches.values() for record in batch]
+            await asyncio.gather(*(judge(dict(record.headers)["event_id"].decode(), record.value) for record in records))
+            if records:
+                await consumer.commit()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
