@@ -1,7 +1,8 @@
 """Decode: images become crops in separate processes, so that one that crashes, hangs or bloats its decoder costs itself only.
 
-Each thread of this stage owns one decoder process (`decode_process.py`) and speaks with it over a socket pair. A process that
-dies or overruns its time is killed and replaced at once; the replacement loads while the thread reports the failure.
+Each thread of this stage owns one decoder process (`decode_process.py`) and speaks with it over a socket pair; images and crops
+lie in memory that the two share (`decode_memory.py`). A process that dies or overruns its time is killed and replaced at once;
+the replacement loads while the thread reports the failure.
 
 Why plain subprocesses, measured on a 2-core machine: numpy, Pillow and pillow-heif load in 0.15 to 0.2 s of CPU and 36 MB,
 which is the price of healing. A fork server heals in 2 ms, but it is one more process that may die, its children share one
@@ -140,7 +141,8 @@ class Decoder:
         """The child of `index`, started anew where it died idle or did not come up."""
         problem = ""
         for attempt in range(START_ATTEMPTS):
-            time.sleep(0.2 * attempt)
+            if attempt:
+                time.sleep(0.2 * attempt)
             child = self._children[index]
             if child is None or not child.alive:
                 problem = self._spawn(index) or problem

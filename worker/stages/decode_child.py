@@ -21,7 +21,8 @@ from engine.preprocess import CROP_PX, Layout
 from worker.clock import Deadline
 from worker.errors import Code, ItemError
 from worker.settings import DecodeSettings
-from worker.stages.decode_process import DECODED, MAX_JSON_BYTES, READY, REFUSED, REPLY, REQUEST
+from worker.stages.decode_memory import SharedMemory
+from worker.stages.decode_process import DECODED, DECODED_IN_MEMORY, MAX_JSON_BYTES, READY, REFUSED, REPLY, REQUEST
 
 START_TIMEOUT_S = 60.0
 MAX_CROPS_PER_FRAME = 5
@@ -60,8 +61,14 @@ class Child:
         self._lock = threading.Lock()
         self._exchanging = threading.Lock()
         self._output = _scratch()
-        with theirs:
+        self._buffer = memoryview(bytearray(REPLY.size + MAX_JSON_BYTES))
+        most_crops = settings.max_frames * (MAX_CROPS_PER_FRAME if crops == "five" else 1)
+        self._memory = SharedMemory.create(most_crops * _CROP_BYTES)
+        with theirs, contextlib.ExitStack() as stack:
+            if self._memory is not None:
+                stack.callback(os.close, self._memory.fd)  # the mapping stays
             start = {
+                "memory": None if self._memory is None else self._memory.fd,
                 "path": [str(Path(entry).resolve()) for entry in sys.path],
                 "socket": theirs.fileno(),
                 "parent": os.getpid(),
@@ -79,7 +86,7 @@ class Child:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=self._output,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), *([] if self._memory is None else [self._memory.fd])],
                     env=_ENVIRONMENT | kept,
                 )
             except OSError:
@@ -124,12 +131,16 @@ class Child:
             return self._exchange(data, settings.max_frames * MAX_CROPS_PER_FRAME, Deadline(settings.timeout_s))
 
     def _exchange(self, data: bytes, most_crops: int, deadline: Deadline) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+        in_memory = self._memory is not None and self._memory.put_image(data)
+        head = REQUEST.pack(len(data), in_memory)
         try:
             self._connection.settimeout(deadline.remaining())
-            head = REQUEST.pack(len(data))
-            sent = self._connection.sendmsg([head, data])
-            if sent < len(head) + len(data):
-                self._connection.sendall(memoryview(data)[max(0, sent - len(head)) :])
+            if in_memory:
+                self._connection.sendall(head)
+            else:
+                sent = self._connection.sendmsg([head, data])
+                if sent < len(head) + len(data):
+                    self._connection.sendall(memoryview(data)[max(0, sent - len(head)) :])
         except TimeoutError:
             raise
         except OSError as error:
@@ -137,43 +148,59 @@ class Child:
         status, content, crops = self._receive(deadline, most_crops)
         if status == REFUSED:
             raise _refusal(content)
-        if status != DECODED:
+        if status not in (DECODED, DECODED_IN_MEMORY):
             raise DecoderDied("it sent no verdict")
         return content, crops
 
     def _receive(self, deadline: Deadline, most_crops: int = 0) -> tuple[int, dict[str, Any], NDArray[np.uint8]]:
         """One reply. The child may be in a stranger's hands: nothing it says about sizes is taken on trust."""
-        head = bytearray(REPLY.size)
-        self._fill(memoryview(head), deadline)
-        status, text_bytes, pixel_bytes = REPLY.unpack(head)
+        buffer = self._buffer
+        got = self._fill(buffer, 0, REPLY.size, deadline)
+        status, text_bytes, pixel_bytes = REPLY.unpack(buffer[: REPLY.size])
         count, rest = divmod(pixel_bytes, _CROP_BYTES)
         if text_bytes > MAX_JSON_BYTES or rest or count > most_crops:
             raise DecoderDied("its reply has an impossible size")
-        text = bytearray(text_bytes)
-        self._fill(memoryview(text), deadline)
-        crops = np.empty((count, CROP_PX, CROP_PX, 3), np.uint8)
-        if count:
-            self._fill(crops.data.cast("B"), deadline)
+        end = REPLY.size + text_bytes
+        got = self._fill(buffer, got, end, deadline)
         try:
-            content = json.loads(text) if text else {}
+            content = json.loads(bytes(buffer[REPLY.size : end])) if text_bytes else {}
         except (ValueError, RecursionError) as error:
             raise DecoderDied("its reply is not JSON") from error
         if not isinstance(content, dict):
             raise DecoderDied("its reply is not an object")
-        return status, content, crops
+        return status, content, self._pixels(status, count, buffer[end:got], deadline)
 
-    def _fill(self, buffer: memoryview, deadline: Deadline) -> None:
-        while buffer:
+    def _pixels(self, status: int, count: int, early: memoryview, deadline: Deadline) -> NDArray[np.uint8]:
+        """The crops, out of the shared memory or the socket; `early` is what came along with the text."""
+        shape = (count, CROP_PX, CROP_PX, 3)
+        if status == DECODED_IN_MEMORY:
+            shared = None if self._memory is None else self._memory.crops(count * _CROP_BYTES)
+            if shared is None or early:
+                raise DecoderDied("its reply has an impossible size")
+            return shared.reshape(shape)
+        crops = np.empty(shape, np.uint8)
+        view = crops.data.cast("B") if count else memoryview(b"")
+        if len(early) > len(view):
+            raise DecoderDied("its reply is longer than it says")
+        if count:
+            view[: len(early)] = early
+            self._fill(view, len(early), len(view), deadline)
+        return crops
+
+    def _fill(self, buffer: memoryview, got: int, needed: int, deadline: Deadline) -> int:
+        """Receive into the buffer, behind what it has got, until it has what is needed; how much it has then."""
+        while got < needed:
             self._connection.settimeout(max(deadline.remaining(), 1e-6))  # zero would mean not to wait at all
             try:
-                received = self._connection.recv_into(buffer)
+                received = self._connection.recv_into(buffer[got:])
             except TimeoutError:
                 raise
             except OSError as error:
                 raise DecoderDied from error
             if not received:
                 raise DecoderDied
-            buffer = buffer[received:]
+            got += received
+        return got
 
     def finish(self, deadline: Deadline) -> None:
         """End it after the image in the works, or at the deadline."""

@@ -4,8 +4,9 @@ It is a plain program with one socket to its parent, an environment of a few har
 taken-over decoder finds no broker, cache or secret. It imports numpy, Pillow and this project's reader, nothing else.
 
 Protocol, over a stream socket: the child sends a READY reply once, then answers each request with one reply.
-A request is `REQUEST` (size in bytes) and the image; a reply is `REPLY` (status, sizes of JSON and pixels), a JSON object and
-the pixels of the crops. End of file on either side means that the other one is gone.
+A request is `REQUEST` (size in bytes, and whether the image lies in the shared memory) and the image if it does not; a reply is
+`REPLY` (status, sizes of JSON and pixels), a JSON object and, unless they lie in the shared memory (`DECODED_IN_MEMORY`), the
+pixels of the crops. End of file on either side means that the other one is gone.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine import images
+from engine import images, jpeg_region
 from engine.preprocess import Layout
 from worker.stages import provenance
+from worker.stages.decode_memory import SharedMemory
 
-REQUEST = struct.Struct("!Q")
+REQUEST = struct.Struct("!Q?")
 REPLY = struct.Struct("!BIQ")
-READY, DECODED, REFUSED = 1, 2, 3
+READY, DECODED, REFUSED, DECODED_IN_MEMORY = 1, 2, 3, 4
 MAX_JSON_BYTES = 1 << 16
 
 ERROR_CODES: dict[type[images.ImageError], str] = {
@@ -48,6 +50,10 @@ _MAX_OPEN_FILES = 64
 _MAX_OUTPUT_BYTES = 1 << 16
 _OOM_SCORE = "800"
 _KEPT_BYTES = 1 << 26
+_LOOKED_AFTER_BYTES, _LOOKED_EVERY = 1 << 17, 64
+"""The resident size is looked at after images of this many bytes, and after every so many others."""
+
+_NO_PIXELS = memoryview(b"")
 
 DecodeFunction = Callable[[bytes, images.Limits, Layout], tuple[images.Crops, dict[str, str | None]]]
 
@@ -77,31 +83,43 @@ def main(start: dict[str, Any]) -> NoReturn:
     """Become a decoder.
 
     Args:
-        start: `socket` (file descriptor), `parent` (process id), `function` (module:name of a DecodeFunction),
-            `max_pixels`, `max_frames`, `layout`, `max_memory_bytes`, `timeout_s`.
+        start: `socket` and `memory` (file descriptors; the latter may be None), `parent` (process id), `function` (module:name
+            of a DecodeFunction), `max_pixels`, `max_frames`, `layout`, `max_memory_bytes`, `timeout_s`.
     """
     connection = socket.socket(fileno=start["socket"])
     module, _, name = start["function"].partition(":")
     function: DecodeFunction = getattr(importlib.import_module(module), name)
+    memory = None if start["memory"] is None else SharedMemory.adopt(start["memory"])
     _detach(start["parent"])
     _limit(start["max_memory_bytes"])
     warnings.simplefilter("ignore")
     limits = images.Limits(start["max_pixels"], start["max_frames"])
+    jpeg_region.usable()  # compares its two ways once, before the first image waits for it
     resident_bytes = _memory_bytes()[1]
     try:
         connection.sendall(REPLY.pack(READY, 0, 0))
-        while (data := _request(connection)) is not None:
+        answered = 0
+        while (data := _request(connection, memory)) is not None:
             _limit_cpu(start["timeout_s"] + _CPU_SLACK_S)
-            _answer(connection, function, data, limits, start["layout"])
+            _answer(connection, memory, function, data, limits, start["layout"])
+            answered += 1
+            look = len(data) > _LOOKED_AFTER_BYTES or answered % _LOOKED_EVERY == 0
             del data  # or it would be kept until the next one is here
-            if _memory_bytes()[1] > resident_bytes + _KEPT_BYTES:
+            if look and _memory_bytes()[1] > resident_bytes + _KEPT_BYTES:
                 _give_back()
     except ConnectionError:
         pass  # the parent is gone
     os._exit(0)  # no destructors: nothing here is worth the time
 
 
-def _answer(connection: socket.socket, function: DecodeFunction, data: bytes, limits: images.Limits, layout: Layout) -> None:
+def _answer(
+    connection: socket.socket,
+    memory: SharedMemory | None,
+    function: DecodeFunction,
+    data: bytes,
+    limits: images.Limits,
+    layout: Layout,
+) -> None:
     try:
         crops, found = function(data, limits, layout)
     except images.ImageError as error:
@@ -109,15 +127,21 @@ def _answer(connection: socket.socket, function: DecodeFunction, data: bytes, li
         if isinstance(error, images.OutOfMemory):
             os._exit(1)  # whatever is left of the heap is not worth keeping
     else:
-        _reply(connection, DECODED, describe(crops, found), crops.crops.data.cast("B"))
+        pixels = crops.crops.data.cast("B")
+        if memory is not None and memory.put_crops(pixels):
+            _reply(connection, DECODED_IN_MEMORY, describe(crops, found), pixels, sent=False)
+        else:
+            _reply(connection, DECODED, describe(crops, found), pixels)
 
 
-def _request(connection: socket.socket) -> bytes | None:
+def _request(connection: socket.socket, memory: SharedMemory | None) -> bytes | None:
     """The next image; None at the end of the parent."""
     head = connection.recv(REQUEST.size, socket.MSG_WAITALL)
     if len(head) < REQUEST.size:
         return None
-    (size,) = REQUEST.unpack(head)
+    size, in_memory = REQUEST.unpack(head)
+    if in_memory and memory is not None:
+        return memory.image(size)
     data = connection.recv(size, socket.MSG_WAITALL) if size else b""
     while len(data) < size:  # a signal cut the wait short
         more = connection.recv(size - len(data), socket.MSG_WAITALL)
@@ -127,10 +151,19 @@ def _request(connection: socket.socket) -> bytes | None:
     return data
 
 
-def _reply(connection: socket.socket, status: int, content: dict[str, Any], pixels: memoryview | None = None) -> None:
-    pixels = memoryview(b"") if pixels is None else pixels
+def _reply(
+    connection: socket.socket, status: int, content: dict[str, Any], pixels: memoryview = _NO_PIXELS, *, sent: bool = True
+) -> None:
+    """`sent`: whether the pixels go through the socket."""
     text = json.dumps(content).encode()
     head = REPLY.pack(status, len(text), len(pixels)) + text
+    if not sent:
+        connection.sendall(head)
+        return
+    _send(connection, head, pixels)
+
+
+def _send(connection: socket.socket, head: bytes, pixels: memoryview) -> None:
     sent = connection.sendmsg([head, pixels])
     if sent < len(head) + len(pixels):
         connection.sendall(head[sent:])

@@ -24,6 +24,7 @@ from worker.errors import Code, DependencyError, ItemError, StaleItemError
 from worker.items import Delivery, Event, Fetched, Item, Position, Record, Timings
 from worker.settings import DecodeSettings
 from worker.stages.decode import Decoder
+from worker.stages.decode_memory import IMAGE_BYTES
 
 FAULTS = "tests.worker.stages.decode_faults:decode"
 ROOT = Path(__file__).resolve().parents[3]
@@ -141,7 +142,7 @@ def test_a_child_killed_while_idle_is_not_blamed_on_the_next_image(decoder: Deco
 
 
 @pytest.mark.parametrize(
-    "lie", ["size", "json", "nested", "array", "status", "code", "bytes", "format", "width", "each", "frames"]
+    "lie", ["size", "memory", "json", "nested", "array", "status", "code", "bytes", "format", "width", "each", "frames"]
 )
 def test_what_a_taken_over_child_sends_is_not_believed(decoder: Decoder, lie: str) -> None:
     assert code_of(decoder, b"lie " + lie.encode()) in (Code.DECODE_CRASHED, Code.DECODE_TIMEOUT)
@@ -180,7 +181,7 @@ def test_a_child_holds_no_secret_and_no_foreign_file(decoder: Decoder, monkeypat
         libraries = {"LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}
         assert set(names) <= {"PATH", "LC_ALL", "LC_CTYPE"} | malloc | libraries
         files = fresh.decode(fetched(b"open-files"), 0).info.provenance["c2pa"].split(",")
-        assert sorted(files) == ["/dev/null", "/dev/null", "/memfd:decoder-stderr", "socket"]
+        assert sorted(files) == ["/dev/null", "/dev/null", "/memfd:decoder-images", "/memfd:decoder-stderr", "socket"]
         assert fresh.decode(fetched(b"limits"), 0).info.provenance["c2pa"] == "core=0 files=64"
     finally:
         fresh.close(Deadline(5))
@@ -232,6 +233,25 @@ def test_two_hundred_hostile_files_through_two_processes(decoder: Decoder) -> No
     assert_usable(decoder)
     zombies = [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
     assert not zombies
+
+
+def test_an_image_larger_than_the_shared_memory_is_decoded_too(decoder: Decoder) -> None:
+    large = png(700, 700)
+    assert len(large) > IMAGE_BYTES
+    for data in (large, png(), large, png(1200, 900, compress_level=1)):
+        decoded = decoder.decode(fetched(data), 1)
+        assert np.array_equal(decoded.crops, images.read_crops(data, images.Limits(10**8), "center").crops)
+
+
+def test_more_crops_than_the_shared_memory_holds_come_through_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.stages.decode_memory.MAX_CROP_BYTES", 224 * 224 * 3 * 4)
+    decoder = Decoder(DecodeSettings(processes=1), "five")
+    decoder.start()
+    try:
+        decoded = decoder.decode(fetched(png()), 0)
+        assert np.array_equal(decoded.crops, images.read_crops(png(), images.Limits(10**8), "five").crops)
+    finally:
+        decoder.close(Deadline(5))
 
 
 @pytest.mark.parametrize("work", ["hang", "spin", "idle"])
