@@ -31,6 +31,7 @@ from worker.outcomes import Delayed, Engine, Waiting
 from worker.pipeline import Pipeline, Stages
 from worker.settings import Settings
 from worker.stages.cache import ScoreCache
+from worker.stages.circuit import DeadLetterCircuit
 from worker.stages.consume import Consumer, ConsumerObserver
 from worker.stages.decode import Decoder
 from worker.stages.fetch import Fetcher
@@ -187,7 +188,9 @@ class App:
         delays: DelayQueue[Delayed] = DelayQueue(
             MAX_DELAYED, settings.kafka.max_in_flight_bytes // 4, settings.fetch.retry_delay_max_s, clock
         )
-        stages = Stages(ledger, budget, delays, fetcher, cache, decoder, batcher, policy, self._publisher)
+        probes = max(1, settings.kafka.max_in_flight // 4)  # from so many on the consumer resumes reading
+        self._circuit = DeadLetterCircuit(settings.circuit, probes, clock)
+        stages = Stages(ledger, budget, delays, fetcher, cache, decoder, batcher, policy, self._publisher, self._circuit)
         self._pipeline = Pipeline(settings, stages, engine, self._metrics, clock, on_room=self._consumer.wake, tracer=tracer)
         self._group.forget = self._pipeline.forget
         for part in (cache, fetcher):
@@ -230,6 +233,7 @@ class App:
         self._pipeline.release_due()
         self._commit_if_due()
         health.set("group", self._group.joined)
+        health.set("intake", self._circuit.closed)
         self._observe()
 
     def _commit_if_due(self) -> None:

@@ -1,7 +1,7 @@
 """HTTP for probes and metrics: /livez, /readyz, /metrics. Bounded in connections, time and size; reads only.
 
 Liveness is the age of the poll loop's heartbeat and nothing else: a broker that is away must not have the pod killed.
-Readiness is every condition that was declared: engine, group, running.
+Readiness is every condition that was declared: engine, group, intake, running.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_CONNECTIONS = 32
 """More are closed unanswered."""
 REQUEST_TIMEOUT_S = 5.0
 """From the connection to the end of its one answer."""
-CONDITIONS = ("engine", "group", "running")
+CONDITIONS = ("engine", "group", "intake", "running")
 
 
 class Health:
@@ -45,14 +45,17 @@ class Health:
         self._started = self._clock.monotonic()
         self._beat: float | None = None
         self._conditions = dict.fromkeys(CONDITIONS, False)
-        self._conditions["running"] = True
+        self._conditions["running"] = self._conditions["intake"] = True
 
     def beat(self) -> None:
         """The poll loop turned once more."""
         self._beat = self._clock.monotonic()
 
     def set(self, condition: str, fulfilled: bool) -> None:
-        """Declare `engine` (loaded and warm), `group` (joined) or `running` (not draining); readiness needs all."""
+        """Declare one condition; readiness needs all.
+
+        `engine`: loaded and warm; `group`: joined; `intake`: not stopped by the circuit on dead letters; `running`: not draining.
+        """
         with self._lock:
             self._conditions[condition] = fulfilled
 

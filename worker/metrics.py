@@ -87,6 +87,9 @@ class Metrics:
         self.cache_writes = _counter("cache_writes", "Scores written: ok, error, bypass, dropped.", registry, "result")
         self.cache_seconds = _histogram("cache_seconds", "One round trip to the cache.", registry, _STAGE_BUCKETS_S)
         self.cache_breaker_open = _gauge("cache_breaker_open", "1 while the cache is left alone after failures.", registry)
+        self.dead_letter_circuit_open = _gauge(
+            "dead_letter_circuit_open", "1 while the intake is stopped because too many events fail.", registry
+        )
         self.decoder_restarts = _counter(
             "decoder_restarts", "Decoder processes replaced: crashed, timeout, recycled.", registry, "reason"
         )

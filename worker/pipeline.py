@@ -36,6 +36,7 @@ from worker.metrics import Metrics
 from worker.outcomes import Delayed, Engine, Failed, Flight, Inferred, Outcome, Postponed, Receipts, Waiting
 from worker.settings import Settings
 from worker.stages.cache import CachedScore, ScoreCache
+from worker.stages.circuit import DeadLetterCircuit
 from worker.stages.consume import UnreadableRecord
 from worker.stages.decode import Decoder
 from worker.stages.fetch import Fetcher
@@ -67,6 +68,7 @@ class Stages:
     batcher: Batcher[Waiting]
     policy: PolicyKeeper
     publisher: RecordWriter
+    circuit: DeadLetterCircuit
 
 
 class Pipeline:
@@ -114,7 +116,7 @@ class Pipeline:
 
     def room(self) -> int:
         """How many records may be read now."""
-        return self._stages.budget.room()
+        return min(self._stages.budget.room(), self._stages.circuit.room())
 
     def accept(self, records: list[Record]) -> None:
         """Take records that were read: charged to the budget and on their way, retries once their time has come.
@@ -152,6 +154,7 @@ class Pipeline:
         """Set the gauges of what is in flight."""
         self._metrics.in_flight_events.set(self._stages.budget.events)
         self._metrics.in_flight_bytes.set(self._stages.budget.bytes)
+        self._metrics.dead_letter_circuit_open.set(not self._stages.circuit.closed)
 
     def swap(self, engine: Engine) -> None:
         """Put another engine in service: it takes over between two batches."""
@@ -168,6 +171,7 @@ class Pipeline:
 
     def _admit(self, record: Record, delivery: Delivery) -> None:
         self._stages.budget.charge(record.size_bytes)
+        self._stages.circuit.admitted()
         timings = Timings(started=self._clock.monotonic())
         if isinstance(record, UnreadableRecord):
             malformed = ItemError(Code.EVENT_MALFORMED, record.reason)
@@ -374,6 +378,7 @@ class Pipeline:
         item = scored.item
         if self._drop_if_stale(item.record):
             return
+        self._stages.circuit.succeeded()
         verdict = contracts.build_verdict(
             event=item.event,
             source=item.delivery.origin or item.record.position,
@@ -396,6 +401,7 @@ class Pipeline:
             return
         receipts = self._receipts(record, 1 if event is None else 2)
         code = failed.error.code
+        self._stages.circuit.failed(code)
 
         def buried() -> None:
             self._metrics.dead_letters.labels(code.value).inc()

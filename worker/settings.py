@@ -234,6 +234,20 @@ class LogSettings(_Group):
     format: Literal["json", "console"] = Field("json", description="json: a line an event; console: for eyes")
 
 
+class CircuitSettings(_Group):
+    """When too many events end in dead letters, the intake stops."""
+
+    failures_in_a_row: int = Field(
+        1_000, ge=0, description="dead letters without one score between that stop the intake; 0: never"
+    )
+    failure_share: float = Field(
+        0.5, ge=0, le=1, description="share of dead letters among the outcomes that stops the intake; 0: never"
+    )
+    min_events: int = Field(1_000, ge=1, description="outcomes within the window from which on the share counts")
+    window_s: float = Field(300.0, gt=0, description="how far back the share looks")
+    reset_s: float = Field(60.0, gt=0, description="how long the intake stays stopped before a few events try again")
+
+
 class ShutdownSettings(_Group):
     """The way out."""
 
@@ -257,6 +271,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     console: ConsoleSettings = ConsoleSettings()
     tracing: TracingSettings = TracingSettings()
+    circuit: CircuitSettings = CircuitSettings()
     log: LogSettings = LogSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
 

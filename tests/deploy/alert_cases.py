@@ -40,6 +40,7 @@ QUIET = {
     name("code_worker_paused_partitions"): " ".join(["0 3 0"] * (HOURS // 3)),
     name("code_worker_decoder_restarts_total", 'reason="crashed"'): f"0x{HOURS}",
     name("code_worker_cache_breaker_open"): f"0x{HOURS}",
+    name("code_worker_dead_letter_circuit_open"): f"0x{HOURS}",
     name("code_worker_bundle_swaps_total", 'status="failed"'): f"0x{HOURS}",
     name("code_worker_bundle_swaps_total", 'status="ok"'): f"0 0 1x{HOURS}",
     name("code_worker_policy_reloads_total", 'status="failed"'): f"0x{HOURS}",
@@ -134,6 +135,7 @@ CASES = (
         35,
     ),
     Case("CodeWorkerDecodersReplaced", {**ALIVE, name("code_worker_decoder_restarts_total", 'reason="crashed"'): "0+5x60"}, 15),
+    Case("CodeWorkerCircuitOpen", {**ALIVE, name("code_worker_dead_letter_circuit_open"): "1x20"}, 4),
     Case("CodeWorkerCacheDown", {**ALIVE, name("code_worker_cache_breaker_open"): "1x20"}, 8),
     Case(
         "CodeWorkerInferenceSlow",

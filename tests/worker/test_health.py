@@ -66,13 +66,14 @@ def test_live_while_the_loop_turns(served: Served) -> None:
 def test_ready_when_every_condition_holds(served: Served) -> None:
     assert served.json("/readyz") == (
         503,
-        {"status": "unavailable", "live": True, "engine": False, "group": False, "running": True},
+        {"status": "unavailable", "live": True, "engine": False, "group": False, "intake": True, "running": True},
     )
     served.health.beat()
     served.health.set("engine", True)
     assert served.json("/readyz")[0] == 503
     served.health.set("group", True)
-    assert served.json("/readyz") == (200, {"status": "ok", "live": True, "engine": True, "group": True, "running": True})
+    ready = {"status": "ok", "live": True, "engine": True, "group": True, "intake": True, "running": True}
+    assert served.json("/readyz") == (200, ready)
     served.clock.advance(61)
     assert served.json("/readyz")[0] == 503
     served.health.beat()

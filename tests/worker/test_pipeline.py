@@ -27,7 +27,8 @@ from worker.ledger import Ledger
 from worker.metrics import Metrics
 from worker.outcomes import Engine
 from worker.pipeline import Pipeline, Stages
-from worker.settings import Settings
+from worker.settings import CircuitSettings, Settings
+from worker.stages.circuit import DeadLetterCircuit
 from worker.stages.policy import PolicyKeeper
 
 TOPIC = "image.uploads"
@@ -120,6 +121,7 @@ class House:
         self.decoder, self.publisher = Decoder(), Publisher()
         self.budget = Budget(64, 10**8, 10**6)
         clock = SystemClock()
+        self.circuit = DeadLetterCircuit(CircuitSettings(failures_in_a_row=5, reset_s=3600), 4, clock)
         bundle = random_bundle(folder / "bundle", seed=3)
         self.engine = engine_of(Detector.from_parts(bundle, create("null", "cpu")), max_frames=4)
         policy = PolicyKeeper(self.settings.policy, self.metrics)
@@ -135,6 +137,7 @@ class House:
             batcher,
             policy,
             self.publisher,  # type: ignore[arg-type]
+            self.circuit,
         )
         self.pipeline = Pipeline(self.settings, stages, self.engine, self.metrics, clock, tracer=tracer)
         self.ledger.assign([(TOPIC, 0), (self.settings.kafka.retry_topic, 0)])
@@ -226,6 +229,23 @@ def test_a_malformed_record_without_an_id_is_a_dead_letter_only(house: House) ->
     assert not house.publisher.verdicts
     assert [(letter[0].value, letter[1]) for letter in house.publisher.letters] == [(b"{broken", "event.malformed")]
     assert committed_to(house) == 1
+
+
+def test_dead_letters_in_a_row_close_the_intake_and_a_score_breaks_the_row(house: House) -> None:
+    for _ in range(3):
+        for _ in range(4):
+            house.send(None)
+        house.settle()
+        house.send("good")
+        house.settle()
+        assert house.pipeline.room() == 64
+    for _ in range(5):
+        house.send(None)
+    house.settle()
+    assert house.pipeline.room() == 0
+    house.pipeline.observe()
+    assert house.metrics.registry.get_sample_value("code_worker_dead_letter_circuit_open") == 1
+    assert committed_to(house) == 20  # what was read is finished
 
 
 def test_a_malformed_event_with_an_id_gets_both(house: House) -> None:
