@@ -314,7 +314,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                     f"{condition:7} {part:20} {head:7} AUROC {auroc['value']:.3f} ({auroc['low']:.3f}-{auroc['high']:.3f})  "
                     f"TPR at FPR 1% {tpr['value']:.3f} ({tpr['low']:.3f}-{tpr['high']:.3f})"
                 )
-    _say(f"{args.out / 'report.json'}: the whole report")
+    _say(f"{args.out / 'report.html'}: the whole report; {args.out / 'report.json'}: the same for machines")
     return DONE
 
 

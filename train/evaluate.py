@@ -105,12 +105,17 @@ class View:
         return {"value": measure(self.scored.labels, scores), "low": low, "high": high}
 
 
-def _views(detector: Detector, scored: Scored, calibrated_on: frozenset[str], resamples: int) -> Iterator[tuple[str, View]]:
-    """The parts that have images."""
+def parts_of(scored: Scored, calibrated_on: frozenset[str]) -> Iterator[tuple[str, Scored]]:
+    """The parts that have images: those of unseen sources, those of sources that calibration has seen."""
     seen = np.isin([f.source for f in scored.facts], sorted(calibrated_on))
     for name, mask in zip(PARTS, (~seen, seen), strict=True):
         if mask.any():
-            yield name, View.of(detector, scored.where(mask), resamples)
+            yield name, scored.where(mask)
+
+
+def _views(detector: Detector, scored: Scored, calibrated_on: frozenset[str], resamples: int) -> Iterator[tuple[str, View]]:
+    for name, part in parts_of(scored, calibrated_on):
+        yield name, View.of(detector, part, resamples)
 
 
 def _part(view: View) -> dict[str, Any]:

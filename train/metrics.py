@@ -109,6 +109,31 @@ def expected_calibration_error(labels: Labels, probabilities: Scores, bins: int 
     return float(gap[counts > 0].sum() / len(labels))
 
 
+def roc(labels: Labels, scores: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """FPR and TPR at every distinct threshold, from (0, 0) to (1, 1), float64[k] each; empty where a class is missing."""
+    fakes = int((labels == 1).sum())
+    reals = len(labels) - fakes
+    if not fakes or not reals:
+        return np.empty(0), np.empty(0)
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)
+    hits = np.cumsum(labels[order] == 1)[last]
+    seen = np.arange(1, len(labels) + 1)[last]
+    return np.concatenate(([0.0], (seen - hits) / reals)), np.concatenate(([0.0], hits / fakes))
+
+
+def reliability(
+    labels: Labels, probabilities: Scores, bins: int = 10
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Mean probability, share of generated images and count of each equally wide bin that holds any, [k] each."""
+    place = np.minimum((np.asarray(probabilities, np.float64) * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    held = counts > 0
+    confidence = np.bincount(place, probabilities, bins)[held] / counts[held]
+    frequency = np.bincount(place, labels == 1, bins)[held] / counts[held]
+    return confidence, frequency, counts[held].astype(np.int64)
+
+
 class Bootstrap:
     """Percentile intervals (Efron 1979) from resamples drawn once, real and generated images each within their class.
 

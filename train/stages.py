@@ -24,7 +24,7 @@ from engine.calibration import Platt
 from engine.detector import Detector
 from engine.heads import HEADS
 from engine.manifest import Histogram, Parent, Reference
-from train import agreement, card, evaluate, probe, promote, replay, scoring
+from train import agreement, card, evaluate, probe, promote, replay, report_page, scoring, thumbnails
 from train import calibrate as calibration
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry, digest, licences, read_manifest, trained_sources
@@ -237,9 +237,14 @@ def run_evaluate(
             },
         )
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    partial.replace(out / "report.json")
+    files = {"report.json": json.dumps(report, indent=1)}
+    if page:
+        shown = thumbnails.extremes(scored["clean"], HEADS.index(head))
+        files["report.html"] = report_page.page(report, scored, shown, thumbnails.pictures(entries, shown.keys))
+    for name, text in files.items():
+        partial = out / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
     return report
 
 

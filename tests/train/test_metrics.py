@@ -110,6 +110,33 @@ def test_certifying_a_rate_takes_this_many_reals_without_an_error(reals: int, bo
     assert metrics.clopper_pearson_upper(0, reals) <= bound < metrics.clopper_pearson_upper(0, reals - 1)
 
 
+@given(scored())
+@settings(max_examples=40)
+def test_roc_by_thresholds_and_its_area(case: tuple[np.ndarray, np.ndarray]) -> None:
+    labels, scores = case
+    fpr, tpr = metrics.roc(labels, scores)
+    wanted = [(np.mean(scores[labels == 0] >= t), np.mean(scores[labels == 1] >= t)) for t in sorted(set(scores), reverse=True)]
+    assert list(zip(fpr[1:], tpr[1:], strict=True)) == pytest.approx(wanted)
+    assert (fpr[0], tpr[0]) == (0, 0) and np.trapezoid(tpr, fpr) == pytest.approx(metrics.auroc(labels, scores))
+    assert len(metrics.roc(np.ones(3, np.uint8), np.ones(3))[0]) == 0
+
+
+@given(scored(), st.integers(1, 12))
+@settings(max_examples=40)
+def test_reliability_by_bins_and_its_mean_gap(case: tuple[np.ndarray, np.ndarray], bins: int) -> None:
+    labels, scores = case
+    p = (scores + 5) / 10
+    found = metrics.reliability(labels, p, bins)
+    rows = []
+    for i in range(bins):
+        inside = [k for k in range(len(p)) if min(int(p[k] * bins), bins - 1) == i]
+        if inside:
+            rows.append((np.mean(p[inside]), np.mean(labels[inside]), len(inside)))
+    assert list(zip(*found, strict=True)) == pytest.approx(rows)
+    gap = sum(abs(c - f) * n for c, f, n in rows) / len(p)
+    assert metrics.expected_calibration_error(labels, p, bins) == pytest.approx(gap)
+
+
 def test_clopper_pearson_inverts_the_binomial() -> None:
     from scipy.stats import binom
 
