@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _data(one)
     _out(one)
     one.add_argument(
-        "--autoencoder", type=Path, help="folder of the tiny autoencoder, for aligned fakes; default: upsampling artefacts"
+        "--autoencoder", type=Path, help="folder of an autoencoder, for aligned fakes; default: upsampling artefacts"
     )
     one.add_argument("--start", type=Path, help="encoder.safetensors of an earlier run to go on from, instead of from scratch")
     one.add_argument("--workers", type=_at_least(0), default=1, help="loader processes (0: none)")
@@ -184,6 +184,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     from train import pool, stages, store
     from train import recipe as recipes
+    from train.aligned import reconstruction
     from train.data import read_manifest
     from train.pretrain import Run, process_group, train
 
@@ -193,7 +194,9 @@ def _pretrain(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with process_group() as rank:
         if rank == 0:
-            built, damage = store.build(entries, args.out / "store", _reconstruction(args), _counter("decoded"))
+            built, damage = store.build(
+                entries, args.out / "store", reconstruction(args.autoencoder, args.out), _counter("decoded")
+            )
             _say(f"store: {len(built.items)} images; {damage}")
             if recipe.pool_copies:
                 pool.build(args.out / "store", args.out / "store" / "pool", recipe.pool_copies, _counter("pool"))
@@ -218,16 +221,6 @@ def _pretrain(args: argparse.Namespace) -> int:
             )
             _say(f"{args.out / stages.ENCODER_FILE}: the averaged encoder after {run.step} steps")
     return DONE
-
-
-def _reconstruction(args: argparse.Namespace):  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    from train.aligned import ReconstructionCache, TinyAutoencoder, upsampled
-
-    if args.autoencoder is not None:
-        return ReconstructionCache(args.out / "aligned", TinyAutoencoder(args.autoencoder).reconstruct)
-    return ReconstructionCache(args.out / "upsampled", lambda rgb: upsampled(rgb, np.random.default_rng(int(rgb.sum()))))
 
 
 def _line(progress: Progress) -> None:

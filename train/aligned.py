@@ -114,6 +114,23 @@ class ReconstructionCache:
         return fake
 
 
+def reconstruction(autoencoder: Path | None, out: Path, device: str = "cpu") -> ReconstructionCache:
+    """How a run makes its aligned fakes, remembered in a folder of `out`.
+
+    autoencoder: a diffusers AutoencoderKL folder (or a pipeline with `vae`), or one with the tiny autoencoder's two files; None:
+    the upsampling artefacts. Raises AlignedError naming the file.
+    """
+    from train import autoencoder_kl
+
+    if autoencoder is None:
+        return ReconstructionCache(out / "upsampled-2", lambda rgb: upsampled(rgb, np.random.default_rng(int(rgb.sum()))))
+    if autoencoder_kl.is_folder(autoencoder):
+        model = autoencoder_kl.AutoencoderKL(autoencoder, device)
+        # A folder of its own for each autoencoder: another one's reconstructions are other fakes.
+        return ReconstructionCache(out / f"aligned-{model.digest[:12]}", model.reconstruct)
+    return ReconstructionCache(out / "aligned", TinyAutoencoder(autoencoder).reconstruct)
+
+
 class TinyAutoencoder:
     """The tiny autoencoder for FLUX.2's latents (taef2, github madebyollin/taesd, MIT); weights from the user's folder."""
 
@@ -152,19 +169,32 @@ class TinyAutoencoder:
         return np.ascontiguousarray(out[:height, :width])
 
 
-def upsampled(rgb: Rgb, rng: np.random.Generator) -> Rgb:
-    """The fallback: halve, enlarge as a decoder does (nearest, then a small convolution), add back part of the detail.
+UPSAMPLERS = ("nearest", "bilinear", "transposed")
 
-    Leaves the spectral replicas of a 2x or 4x upsampling layer in uint8[h, w, 3] while content and size stay.
+
+def upsampled(rgb: Rgb, rng: np.random.Generator, kind: str | None = None) -> Rgb:
+    """The fallback: shrink, enlarge as a decoder's upsampling layer does, add back part of the detail.
+
+    Leaves the traces of a 2x or 4x upsampling layer in uint8[h, w, 3] while content and size stay. kind: `nearest` and a small
+    convolution (replicas of the spectrum), `bilinear` (its periodic softness), `transposed` (the checkerboard of a transposed
+    convolution whose kernel overlaps unevenly, Odena et al. 2016); None: drawn.
     """
     height, width = rgb.shape[:2]
+    kind = str(rng.choice(UPSAMPLERS)) if kind is None else kind
     factor = int(rng.choice((2, 4)))
     small = Image.fromarray(rgb).resize((max(1, width // factor), max(1, height // factor)), Image.Resampling.BOX)
-    big = np.asarray(small.resize((width, height), Image.Resampling.NEAREST), dtype=np.float32)
-    taps = rng.dirichlet(np.ones(3) * 4).astype(np.float32)
-    for axis in (0, 1):
-        before, after = np.roll(big, 1, axis), np.roll(big, -1, axis)
-        big = taps[0] * before + taps[1] * big + taps[2] * after
+    way = Image.Resampling.NEAREST if kind == "nearest" else Image.Resampling.BILINEAR
+    big = np.asarray(small.resize((width, height), way), dtype=np.float32)
+    if kind == "nearest":
+        taps = rng.dirichlet(np.ones(3) * 4).astype(np.float32)
+        for axis in (0, 1):
+            before, after = np.roll(big, 1, axis), np.roll(big, -1, axis)
+            big = taps[0] * before + taps[1] * big + taps[2] * after
+    elif kind == "transposed":
+        for axis, length in ((0, height), (1, width)):
+            gains = rng.uniform(0.94, 1.06, factor).astype(np.float32)
+            pattern = np.resize(gains / gains.mean(), length)
+            big = big * pattern.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
     detail = float(rng.uniform(0.3, 0.7))
     mixed = big + detail * (rgb.astype(np.float32) - big)
     return np.clip(np.round(mixed), 0, 255).astype(np.uint8)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 420, 320
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 46
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def figure(name: str, title: str, description: str, body: str, height: int = HEI
 
 def frame(x: Axis, y: Axis) -> str:
     """Grid, ticks and labels of both axes."""
-    parts = []
+    parts = [f'<path class="grid" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>']
     for value in x.ticks:
         at = _x(x, value)
         parts.append(f'<path class="grid" d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
@@ -73,7 +73,7 @@ def frame(x: Axis, y: Axis) -> str:
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>')
-    parts.append(f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text>')
+    parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text>')
     return "".join(parts)
 
 
@@ -98,8 +98,8 @@ def _points(x: Axis, y: Axis, xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def marks(series: Sequence[Series], x: Axis, y: Axis, size: float = 3.0) -> str:
-    """Points: circles for reals, squares for generated images and anything else."""
-    parts = [frame(x, y)]
+    """Points, without axes: circles for reals, squares for generated images and anything else."""
+    parts = []
     for one in series:
         for a, b in zip(one.x, one.y, strict=True):
             cx, cy = _x(x, a), _y(y, b)

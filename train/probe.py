@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.heads import Heads, unit_rows
-from train.embed import Embedded
+from train.embed import Embedded, Facts
 
 C = 0.316
 MAX_ITER = 1500
@@ -16,6 +16,7 @@ NU = 0.1
 DEGREE = 3
 COEF0 = 0.0
 GALLERY_PER_CLASS = 1500
+MAX_NAME_CHARS = 200
 
 
 def fit(embedded: Embedded, *, gallery_per_class: int = GALLERY_PER_CLASS, seed: int = 0, c: float = C) -> Heads:
@@ -34,6 +35,7 @@ def fit(embedded: Embedded, *, gallery_per_class: int = GALLERY_PER_CLASS, seed:
         linear_bias=bias,
         knn_gallery=unit_rows(embedded.embedding[gallery]),
         knn_labels=labels[gallery],
+        knn_ids=tuple(gallery_name(embedded.facts[row]) for row in gallery.tolist()),
         svm_vectors=vectors,
         svm_dual=dual,
         svm_intercept=intercept,
@@ -41,6 +43,12 @@ def fit(embedded: Embedded, *, gallery_per_class: int = GALLERY_PER_CLASS, seed:
         svm_degree=DEGREE,
         svm_coef0=COEF0,
     )
+
+
+def gallery_name(facts: Facts) -> str:
+    """What a neighbour in the gallery is called where a decision is explained: source, generator and key, one printable line."""
+    text = " / ".join((facts.source, facts.generator, facts.key))
+    return "".join(c if c.isprintable() else " " for c in text)[:MAX_NAME_CHARS]
 
 
 def fit_linear(

@@ -240,7 +240,7 @@ def _rungs(report: dict[str, Any]) -> str:
     texts = "".join(_rung_name(i / (len(names) - 1), name) for i, name in enumerate(names))
     body = plots.lines(series, x, y) + plots.marks(series, x, y, 2.5) + texts
     title = "AUROC by condition"
-    drawn = plots.figure("rungs", title, "The numbers are in the tables below.", body, height=plots.HEIGHT + 60)
+    drawn = plots.figure("rungs", title, "The numbers are in the tables below.", body, height=plots.HEIGHT + 84)
     return f'<div class="figures">{_figure(title, drawn, plots.legend(series))}</div>'
 
 
@@ -258,10 +258,10 @@ def _map(clean: Scored) -> tuple[str, str, str]:
         Series(name, place[labels == label, 0].tolist(), place[labels == label, 1].tolist(), style)
         for name, style, label in (("real", "real", 0), ("generated", "fake", 1))
     ]
-    axes = [_span(f"Component {i + 1} ({shares[i]:.0%} of the variance)", place[:, i]) for i in range(2)]
+    x, y = (_span(f"Component {i + 1} ({shares[i]:.0%} of the variance)", place[:, i]) for i in range(2))
     title = "Embeddings, first two principal components"
     told = f"{len(kept)} images as points; circles are real, squares generated."
-    drawn = plots.figure("map", title, told, plots.marks(series, axes[0], axes[1], 2.2))
+    drawn = plots.figure("map", title, told, plots.frame(x, y) + plots.marks(series, x, y, 2.2))
     return "map", "Embedding map", f'<div class="figures">{_figure(title, drawn, plots.legend(series, shapes=True))}</div>'
 
 

@@ -59,5 +59,6 @@ th[scope=row]{font-weight:400;min-width:9rem;overflow-wrap:anywhere}
 .images img{display:block;max-width:112px;height:auto;background:var(--soft)}
 .images figcaption{font-size:.8125rem;color:var(--muted);overflow-wrap:anywhere}
 .images b{color:var(--text)}
+@media(max-width:480px){svg text{font-size:15px}}
 @media print{nav,.skip{display:none}.figures figure,tr{break-inside:avoid}.scroll{overflow:visible}}
 """

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.train.pictures import picture
-from train.aligned import AlignedError, ReconstructionCache, TinyAutoencoder, upsampled
+from train.aligned import UPSAMPLERS, AlignedError, ReconstructionCache, TinyAutoencoder, reconstruction, upsampled
 
 
 def _rgb(height: int = 64, width: int = 48) -> np.ndarray:
@@ -53,19 +53,34 @@ def test_the_cache_reconstructs_once_and_by_content(tmp_path: Path) -> None:
     assert len(calls) == 2
 
 
-def test_upsampling_leaves_a_periodic_trace_and_repeats_with_its_seed() -> None:
+@pytest.mark.parametrize("kind", UPSAMPLERS)
+def test_upsampling_leaves_a_periodic_trace_and_repeats_with_its_seed(kind: str) -> None:
     rgb = np.asarray(picture(3, 128, 128))
-    fake = upsampled(rgb, np.random.default_rng(4))
-    assert np.array_equal(fake, upsampled(rgb, np.random.default_rng(4))) and fake.shape == rgb.shape
+    fake = upsampled(rgb, np.random.default_rng(4), kind)
+    assert np.array_equal(fake, upsampled(rgb, np.random.default_rng(4), kind)) and fake.shape == rgb.shape
     assert 20 < 10 * np.log10(255**2 / np.mean((fake.astype(float) - rgb) ** 2)) < 50
 
     def phases(image: np.ndarray) -> float:
-        """How much the mean absolute step between neighbours depends on the column's place modulo four."""
-        steps = np.abs(np.diff(image.astype(float), axis=1)).mean((0, 2))[:124]
+        """How much the mean curvature between neighbours depends on the column's place modulo four."""
+        steps = np.abs(np.diff(image.astype(float), n=2, axis=1)).mean((0, 2))[:124]
         by_phase = steps.reshape(-1, 4).mean(0)
         return float(by_phase.std() / by_phase.mean())
 
-    assert phases(fake) > 3 * phases(rgb)
+    assert phases(fake) > 2 * phases(rgb)
+
+
+def test_every_kind_of_upsampling_is_drawn_and_odd_sizes_stay() -> None:
+    rgb = _rgb(33, 5)
+    drawn = {upsampled(rgb, np.random.default_rng(seed)).tobytes() for seed in range(24)}
+    assert len(drawn) == 24 and upsampled(_rgb(1, 1), np.random.default_rng(0)).shape == (1, 1, 3)
+
+
+def test_what_makes_the_fakes_of_a_run(tmp_path: Path) -> None:
+    made = reconstruction(None, tmp_path)(_rgb())
+    assert made.shape == _rgb().shape and not np.array_equal(made, _rgb())
+    pytest.importorskip("torch")
+    with pytest.raises(AlignedError, match=r"encoder\.safetensors: no such file"):
+        reconstruction(tmp_path, tmp_path)
 
 
 @pytest.mark.skipif("AUTOENCODER" not in os.environ, reason="AUTOENCODER does not name the tiny autoencoder's folder")

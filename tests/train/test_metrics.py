@@ -116,7 +116,7 @@ def test_roc_by_thresholds_and_its_area(case: tuple[np.ndarray, np.ndarray]) -> 
     labels, scores = case
     fpr, tpr = metrics.roc(labels, scores)
     wanted = [(np.mean(scores[labels == 0] >= t), np.mean(scores[labels == 1] >= t)) for t in sorted(set(scores), reverse=True)]
-    assert list(zip(fpr[1:], tpr[1:], strict=True)) == pytest.approx(wanted)
+    np.testing.assert_allclose(np.stack((fpr[1:], tpr[1:]), axis=1), wanted)
     assert (fpr[0], tpr[0]) == (0, 0) and np.trapezoid(tpr, fpr) == pytest.approx(metrics.auroc(labels, scores))
     assert len(metrics.roc(np.ones(3, np.uint8), np.ones(3))[0]) == 0
 
@@ -132,7 +132,7 @@ def test_reliability_by_bins_and_its_mean_gap(case: tuple[np.ndarray, np.ndarray
         inside = [k for k in range(len(p)) if min(int(p[k] * bins), bins - 1) == i]
         if inside:
             rows.append((np.mean(p[inside]), np.mean(labels[inside]), len(inside)))
-    assert list(zip(*found, strict=True)) == pytest.approx(rows)
+    np.testing.assert_allclose(np.stack(found, axis=1), rows)
     gap = sum(abs(c - f) * n for c, f, n in rows) / len(p)
     assert metrics.expected_calibration_error(labels, p, bins) == pytest.approx(gap)
 

@@ -76,6 +76,19 @@ def test_the_gallery_takes_small_sources_whole_and_both_classes_alike() -> None:
     assert np.array_equal(rows, probe.fair_choice(data, 40, seed=1)) and len(set(rows.tolist())) == 80
 
 
+def test_rows_of_the_gallery_are_named_by_what_they_are(fitted) -> None:  # type: ignore[no-untyped-def]
+    heads, _ = fitted
+    data = _clouds(TRAIN)
+    assert heads.knn_ids[0] == "cameras / g / cameras-0" and len(set(heads.knn_ids)) == len(data.facts)
+    # Row by row the name is of the embedding that stands there.
+    row = heads.knn_ids.index("small / g / small-3")
+    number = [f.key for f in data.facts].index("small-3")
+    unit = data.embedding[number] / np.linalg.norm(data.embedding[number])
+    np.testing.assert_allclose(heads.knn_gallery[row], unit, atol=1e-6)
+    odd = Facts("a\nb" + "x" * 500, 1, "s", "g\x1b[2J", "s")
+    assert probe.gallery_name(odd).startswith("s / g [2J / a bx") and len(probe.gallery_name(odd)) == 200
+
+
 def test_one_class_only_is_refused() -> None:
     with pytest.raises(ValueError, match="real and generated"):
         probe.fit(_clouds({(1, "a"): 5}))
