@@ -1,6 +1,7 @@
-"""The command line: `python -m train pretrain | probe | calibrate | evaluate | promote | import | pack`.
+"""The command line: `python -m train pretrain | probe | calibrate | evaluate | promote | import | refresh | rollback | labels | pack`.
 
 Exit codes: 0 done; 1 the candidate was not promoted (`promote`); 2 bad arguments or data, one line that says what and where.
+Those of `refresh` stand in `train.refresh_commands`.
 """
 
 from __future__ import annotations
@@ -122,12 +123,19 @@ def _parser() -> argparse.ArgumentParser:
     five.set_defaults(run=_promote)
 
     _import_command(commands)
-    six = commands.add_parser("pack", help="write shards in D3's layout from a folder with a manifest")
-    _data(six)
+    from train import refresh_commands
+
+    six = commands.add_parser("pack", help="write shards in D3's layout from a folder with a manifest, or from human decisions")
+    six.add_argument("--data", type=Path, help="folder with manifest.tsv and its images")
+    six.add_argument(
+        "--from-labels", action="store_true", help="the images of the label topic, or of --labels, instead of --data"
+    )
+    refresh_commands.add_label_sources(six)
     _out(six)
     six.add_argument("--split", default="train")
     six.add_argument("--records", type=_at_least(1), default=1000, help="records a shard")
     six.set_defaults(run=_pack)
+    refresh_commands.add(commands, _Parser)
     return parser
 
 
@@ -334,8 +342,13 @@ def _promote(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    from train import refresh_commands
     from train.data import read_manifest, write_shards
 
+    if args.from_labels == (args.data is not None):
+        _parser().error("pack needs either --data or --from-labels")
+    if args.from_labels:
+        return refresh_commands.pack(args)
     shards, damage = write_shards(read_manifest(args.data, args.split), args.out, args.records)
     print(f"{len(shards)} shards in {args.out}; {damage}")
     return DONE
