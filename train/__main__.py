@@ -1,4 +1,4 @@
-"""The command line: `python -m train pretrain | probe | calibrate | evaluate | promote | import | refresh | rollback | labels | pack`.
+"""The command line: `python -m train pretrain|probe|calibrate|evaluate|promote|import|refresh|rollback|labels|pack`.
 
 Exit codes: 0 done; 1 the candidate was not promoted (`promote`); 2 bad arguments or data, one line that says what and where.
 Those of `refresh` stand in `train.refresh_commands`.

@@ -21,6 +21,7 @@ KUSTOMIZATIONS = (
     *(f"overlays/{name}" for name in OVERLAYS),
     "jobs/build-plans",
     "jobs/seed-models",
+    "refresh",
     "topics",
     "training",
     "training-many-nodes",

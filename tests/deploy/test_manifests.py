@@ -35,6 +35,8 @@ from tests.deploy.manifests import (
     worker,
 )
 from train import __main__ as train_command
+from train import refresh_commands
+from train.labels_topic import options_from
 from worker import settings as settings_module
 from worker.app import JOIN_TIMEOUT_S, LEAVE_TIMEOUT_S
 from worker.console import pages as console_pages
@@ -385,7 +387,7 @@ def test_plans_are_built_for_the_sizes_and_where_the_worker_looks(settings_of: R
 
 
 def test_claims_that_are_mounted_are_made_and_shared() -> None:
-    everything = [*render("overlays/production"), *render("training")]
+    everything = [*render("overlays/production"), *render("training"), *render("refresh")]
     made = {r["metadata"]["name"]: r["spec"] for r in everything if r["kind"] == "PersistentVolumeClaim"}
     assert all(claim["accessModes"] == ["ReadWriteMany"] for claim in made.values())
     for where, spec in pods():
@@ -506,6 +508,32 @@ def test_what_training_promotes_is_what_workers_load(settings_of: Read) -> None:
     mounted = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in served if "persistentVolumeClaim" in v}
     assert claims["models"] == mounted["models"]
     assert str(settings_of("production").engine.bundle) == "/models"
+
+
+def test_the_probe_refresh_reads_what_moderators_decide_and_writes_where_workers_look(settings_of: Read) -> None:
+    job = one("refresh", "CronJob")["spec"]
+    assert job["concurrencyPolicy"] == "Forbid"
+    (spec,) = workloads("refresh")
+    (container,) = spec["containers"]
+    parsed = train_command._parser().parse_args(container["args"][1:])
+    assert parsed.command == "refresh" and parsed.ok_if_kept, "keeping the champion is no failed job"
+    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"] if "persistentVolumeClaim" in v}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    served = one("overlays/production", "Deployment", "code-worker")["spec"]["template"]["spec"]["volumes"]
+    assert claims[mounts[str(parsed.models)]] in [v.get("persistentVolumeClaim", {}).get("claimName") for v in served]
+    assert claims[mounts[str(parsed.work)]] == one("refresh", "PersistentVolumeClaim")["metadata"]["name"]
+    policy = one("refresh", "NetworkPolicy")["spec"]["podSelector"]["matchLabels"]
+    assert policy.items() <= job["jobTemplate"]["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_the_probe_refresh_uses_the_workers_kafka_settings(settings_of: Read) -> None:
+    (given,) = [r["data"] for r in render("refresh") if r["kind"] == "ConfigMap"]
+    options, kafka = options_from(given), settings_of("production").kafka
+    for name in given:
+        field = name.removeprefix("WORKER_KAFKA__").lower()
+        assert getattr(options, field) == (str(value) if isinstance(value := getattr(kafka, field), Path) else value), field
+    rules = one("refresh", "CronJob")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    assert [rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob"] == [[refresh_commands.BAD]]
 
 
 def test_the_nodes_of_a_large_training_run_the_same_command() -> None:
