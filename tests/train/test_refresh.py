@@ -25,6 +25,9 @@ from train.labels_sample import record
 from train.refresh import Options, Outcome, RefreshError, refresh
 from train.refresh_job import Steps, read_json
 
+# Bootstraps and fits of a few seconds; on a machine that is shared by many, minutes.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(autouse=True)
 def _no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +91,7 @@ def test_labels_are_learned_promoted_with_lineage_and_not_learned_twice(options:
     card = (after.path / "MODEL_CARD.md").read_text()
     assert "12 human decisions, 12 of them new" in card and "Random weights, for tests." in card
     carried = replay.of_bundle(after)
-    assert carried is not None and len(carried["labels"].facts) == 12 and len(carried["evaluate/clean"].facts) == 180
+    assert carried is not None and len(carried["labels"].facts) == 12 and len(carried["evaluate/clean"].facts) == 120
 
     again = refresh(options)
     assert (again.kind, again.version) == ("kept", "1-r1") and "0 new labels" in again.reason
@@ -106,6 +109,7 @@ def test_labels_are_learned_promoted_with_lineage_and_not_learned_twice(options:
     assert "24 human decisions, 12 of them new" in card and card.count("Random weights, for tests.") == 1
 
 
+@pytest.mark.slow
 def test_a_reversed_label_is_unlearned_from_its_embedding_alone(options: Options) -> None:
     assert refresh(options).kind == "promoted"
     carried = replay.of_bundle(bundle.load(options.models))
@@ -154,6 +158,7 @@ def test_a_worse_candidate_is_not_promoted_and_not_computed_again(options: Optio
     assert current(options) == "1" and sorted(p.name for p in options.models.iterdir() if p.is_dir()) == ["1"]
 
 
+@pytest.mark.slow
 def test_flipped_labels_do_not_pass_the_gate(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody calls everything that looks like the known generators authentic."""
 
@@ -182,6 +187,7 @@ def test_what_was_learned_from_does_not_judge(options: Options) -> None:
     assert left["train"] is parts["train"]
 
 
+@pytest.mark.slow
 def test_rolled_back_it_stays_away(options: Options) -> None:
     assert refresh(options).kind == "promoted"
     assert rollback.rollback(options.models)[0] == "1-r1" and current(options) == "1"
@@ -276,6 +282,7 @@ def test_two_jobs_exclude_each_other(options: Options) -> None:
         refresh(options)
 
 
+@pytest.mark.slow
 def test_a_champion_that_changed_meanwhile_is_not_replaced(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = refresh_steps.label_rules
 
