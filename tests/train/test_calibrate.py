@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("sklearn")
 
 from engine.calibration import Platt, Temperature
-from train import calibrate
+from engine.manifest import Threshold
+from train import calibrate, metrics
 
 
 def _logistic(n: int, slope: float, intercept: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -74,3 +75,21 @@ def test_copies_of_an_image_count_once_by_the_worse() -> None:
     found = calibrate.thresholds(np.array([0.1, 0.6, 0.9, 0.4]), labels, ["real", "real", "fake", "fake"])
     assert found["fpr_0.01"].reals == 1 and found["fpr_0.01"].fakes == 1
     assert found["fpr_0.01"].threshold > 0.6 and found["fpr_0.01"].tpr == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reals", "errors", "says"),
+    [
+        (299, 0, "yes"),
+        (298, 0, "no: takes 299 reals without an error"),
+        (200, 2, "no: takes {} reals with 2 above the threshold"),
+    ],
+)
+def test_a_rate_is_certified_only_by_enough_reals(reals: int, errors: int, says: str) -> None:
+    from scipy.stats import binom
+
+    upper = metrics.clopper_pearson_upper(errors, reals)
+    one = Threshold(target_fpr=0.01, threshold=0.5, fpr=errors / reals, fpr_upper=upper, reals=reals)
+    # The least n at which so few errors would be a surprise if the rate were above 1%.
+    needed = next(n for n in range(errors + 1, 9999) if binom.cdf(errors, n, 0.01) <= 0.05)
+    assert calibrate.certification(one) == says.format(needed)
