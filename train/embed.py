@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.bundle import encoder_shapes
+from engine.bundle import Draft, encoder_shapes, write
+from engine.calibration import Platt
+from engine.detector import Detector
+from engine.heads import EMBEDDING_DIM, HEADS, Heads
 from engine.images import ImageError, read
-from engine.preprocess import Preprocess, center_crop
+from engine.preprocess import center_crop
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry
 from train.store import LIMITS, PixelStore
@@ -82,27 +86,46 @@ def from_store(store: PixelStore, seed: int, copies: int, aligned: bool) -> Iter
 
 
 class Encoder:
-    """The encoder on the CPU or a GPU, from timm-named arrays; normalises inside, as the backends do."""
+    """timm-named arrays as an encoder, through `engine.detector`: what the heads are fitted on is what a worker will compute.
 
-    def __init__(self, weights: Mapping[str, Any], *, layer_norm_eps: float = 1e-6, device: str = "cpu") -> None:
-        import torch
+    The heads that a bundle needs are made up; only embeddings are taken. Raises as `Detector.open`.
+    """
 
-        from engine.model import VisionTransformer
-
-        self._torch, self._device = torch, torch.device(device)
-        self._model = VisionTransformer(layer_norm_eps)
-        self._model.load_state_dict({name: torch.as_tensor(np.asarray(array)) for name, array in weights.items()})
-        self._model.eval().to(self._device)
-        contract = Preprocess()
-        self._mean = torch.tensor(contract.mean, device=self._device).view(3, 1, 1)
-        self._std = torch.tensor(contract.std, device=self._device).view(3, 1, 1)
+    def __init__(
+        self, weights: Mapping[str, Any], *, layer_norm_eps: float = 1e-6, device: str = "auto", backend: str = "torch"
+    ) -> None:
+        arrays = {name: np.asarray(array, np.float32) for name, array in weights.items()}
+        options: dict[str, Any] = {"precision": "fp32"} if backend == "torch" else {}
+        with tempfile.TemporaryDirectory(prefix="code-encoder-") as folder:
+            draft = Draft(
+                name="encoder",
+                version="0",
+                encoder=arrays,
+                heads=_no_heads(),
+                calibration={head: Platt(slope=1.0) for head in HEADS},
+                layer_norm_eps=layer_norm_eps,
+                model_card="An encoder on its way to its heads.\n",
+            )
+            path = write(Path(folder) / "bundle", draft).path
+            self._detector = Detector.open(path, backend=backend, device=device, **options)
 
     def __call__(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8[n, 224, 224, 3] -> float32[n, 192]."""
-        torch = self._torch
-        with torch.inference_mode():
-            x = torch.from_numpy(crops).to(self._device).permute(0, 3, 1, 2).float() / 255
-            return np.asarray(self._model((x - self._mean) / self._std).cpu().numpy())
+        return self._detector.outputs(crops).embedding
+
+
+def _no_heads() -> Heads:
+    """Heads that mean nothing."""
+    zeros = np.zeros(EMBEDDING_DIM, np.float32)
+    return Heads(
+        linear_weight=zeros,
+        linear_bias=np.zeros((), np.float32),
+        knn_gallery=np.eye(2, EMBEDDING_DIM, dtype=np.float32),
+        knn_labels=np.array([0, 1], np.uint8),
+        svm_vectors=zeros[None],
+        svm_dual=np.zeros(1, np.float32),
+        svm_intercept=np.zeros((), np.float32),
+    )
 
 
 def embed(
