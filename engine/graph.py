@@ -111,6 +111,17 @@ def serialize(built: ModelProto) -> bytes:
     return bytes(built.SerializeToString(deterministic=True))
 
 
+def reference(bundle: Bundle, crops: Array) -> Array:
+    """Embeddings f32 [n, 192] of crops uint8 [n, 224, 224, 3] from the float32 graph in numpy: what a compiled one is held against.
+
+    Slow, a third of a second a crop. Raises as `model`.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    [embedding] = ReferenceEvaluator(model(bundle, part="encoder")).run(None, {INPUT: crops})
+    return np.asarray(embedding, np.float32)
+
+
 def architecture(built: ModelProto) -> str:
     """16 hex digits that two models share if they differ in weights only: then one's plan can be refitted to the other."""
     skeleton = hashlib.sha256()

@@ -126,9 +126,7 @@ class CheckedBackend(ABC):
             ValueError: a size below 1.
             OutOfDeviceMemory, DeviceError: as in `infer`.
         """
-        for size in sorted(set(batch_sizes)):
-            if size < 1:
-                raise ValueError(f"warm-up batch sizes start at 1, got {size}")
+        for size in self._checked_sizes(batch_sizes):
             self.infer(np.full((size, *CROP_SHAPE), 128, np.uint8))
 
     def infer(self, crops: NDArray[np.uint8]) -> Outputs:
@@ -152,6 +150,14 @@ class CheckedBackend(ABC):
         raw = np.concatenate([part.raw for part in parts]).astype(np.float32, copy=False)
         embedding = np.concatenate([part.embedding for part in parts]).astype(np.float32, copy=False)
         return self._marked(Outputs(raw, embedding))
+
+    @staticmethod
+    def _checked_sizes(batch_sizes: Iterable[int]) -> list[int]:
+        """The sizes, each once, ascending; ValueError where one makes no batch."""
+        sizes = sorted(set(batch_sizes))
+        if sizes and sizes[0] < 1:
+            raise ValueError(f"warm-up batch sizes start at 1, got {sizes[0]}")
+        return sizes
 
     @staticmethod
     def _checked(crops: NDArray[np.uint8]) -> NDArray[np.uint8]:

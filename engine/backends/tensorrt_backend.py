@@ -31,6 +31,11 @@ HEADS_TOLERANCE = 0.02
 """Of raw scores in the engine against the numpy heads on its embedding, relative above one: half-precision products on SM 75."""
 
 
+EMBEDDING_TOLERANCE = 0.05
+"""Of the plan's embedding of a test pattern against the float32 graph's in numpy, as a share of its length; another encoder's is off
+by about one, half precision by a hundredth."""
+
+
 class TensorRTBackend(CheckedBackend):
     """Runs a plan of the bundle's graph.
 
@@ -213,7 +218,8 @@ class TensorRTBackend(CheckedBackend):
                 log.warning("engine.batch_capped", crops=sizes[-1], max_batch_size=self._sizes[-1], reason=str(error))
 
     def _verify(self, runner: Runner, bundle: Bundle) -> None:
-        """The heads in the plan must be the bundle's: their scores are computed here again from the plan's own embedding."""
+        """The plan must be the bundle's, whatever its file says: its heads are computed here again from its own embeddings, and
+        its embedding of a pattern from the graph in numpy."""
         for brightness in (0, 128, 255):
             outputs = runner.collect(runner.submit(np.full((1, *CROP_SHAPE), brightness, np.uint8)))
             if not np.isfinite(outputs.embedding).all():
@@ -221,6 +227,15 @@ class TensorRTBackend(CheckedBackend):
             expected = bundle.heads.raw_scores(outputs.embedding)
             if not np.allclose(outputs.raw, expected, rtol=HEADS_TOLERANCE, atol=HEADS_TOLERANCE):
                 self._drop(runner, f"its heads give {outputs.raw.tolist()}, the bundle's {expected.tolist()}")
+        pattern = np.random.default_rng(0).integers(0, 256, (1, *CROP_SHAPE), np.uint8)
+        embedding, expected = runner.collect(runner.submit(pattern)).embedding, self._reference(bundle, pattern)
+        off = float(np.linalg.norm(embedding - expected) / np.linalg.norm(expected))
+        if not off <= EMBEDDING_TOLERANCE:  # not `>`: NaN is off, too
+            self._drop(runner, f"its encoder's answer to a test pattern is off by {off:.2g}, allowed {EMBEDDING_TOLERANCE}")
+
+    @staticmethod
+    def _reference(bundle: Bundle, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return graph.reference(bundle, crops)
 
     @staticmethod
     def _drop(runner: Runner, reason: str) -> None:

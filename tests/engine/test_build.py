@@ -123,6 +123,15 @@ def test_a_refittable_plan_needs_a_driver() -> None:
         build.build_apart(b"", build.Recipe("tensorrt_rtx", "sm89", (1,), refit=True))
 
 
+@pytest.mark.parametrize("refit", [True, False])
+def test_refit_is_asked_of_the_builder(refit: bool) -> None:
+    trt = tensorrt_api.load("tensorrt_rtx")
+    builder = trt.Builder(tensorrt_api.make_log(trt))
+    config = builder.create_builder_config()
+    build._configure(trt, builder, config, build.Recipe("tensorrt_rtx", "sm89", (1,), refit))
+    assert config.get_flag(trt.BuilderFlag.REFIT) is refit and not config.get_flag(trt.BuilderFlag.TF32)
+
+
 def test_a_flavour_that_is_not_installed_is_unavailable() -> None:
     try:
         import tensorrt  # noqa: F401

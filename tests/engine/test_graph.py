@@ -45,6 +45,16 @@ def test_agrees_with_torch(bundle: Bundle, precision: Any, embedding_tolerance: 
     np.testing.assert_allclose(outputs["raw"], raw, rtol=0, atol=raw_tolerance)
 
 
+def test_the_reference_in_numpy_agrees_with_torch(bundle: Bundle) -> None:
+    torch = pytest.importorskip("torch")
+    from engine.backends.torch_graph import Scorer
+
+    crops = random_crops(1)
+    with torch.inference_mode():
+        _, embedding = Scorer(bundle)(torch.from_numpy(crops))
+    np.testing.assert_allclose(graph.reference(bundle, crops), embedding.numpy(), rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize("precision", graph.PRECISIONS)
 def test_is_valid_and_of_the_agreed_types(bundle: Bundle, precision: graph.Precision) -> None:
     built = graph.model(bundle, precision)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import build, tensorrt_api
+from engine import build, graph, tensorrt_api
 from engine.backends import create
 from engine.backends.base import Backend, BackendStateError, BackendUnavailable, DeviceError, OutOfDeviceMemory
 from engine.backends.tensorrt_backend import TensorRTBackend
@@ -19,7 +19,7 @@ from engine.bundle import Bundle
 from engine.heads import Heads
 from tests.engine.backends.contract import BackendContract, random_crops
 from tests.engine.backends.fake_cuda import FakeDriver
-from tests.engine.backends.fake_tensorrt import FakeTensorRT, plan_bytes
+from tests.engine.backends.fake_tensorrt import FakeTensorRT, embedding_of, plan_bytes
 from tests.engine.bundles import random_bundle, random_heads
 
 pytest.importorskip("onnx")
@@ -38,6 +38,8 @@ class Rig:
         monkeypatch.setattr(tensorrt_api, "load", lambda _: self.trt)
         monkeypatch.setattr(TensorRTBackend, "_open_driver", staticmethod(lambda _: self.driver))
         monkeypatch.setattr(build, "build_apart", self._build)
+        # The fake computes another encoder than the bundle's.
+        monkeypatch.setattr(TensorRTBackend, "_reference", staticmethod(lambda _, crops: embedding_of(crops)))
 
     def _build(self, onnx: bytes, recipe: build.Recipe, timing_cache: Path | None = None) -> tuple[bytes, dict[str, Any]]:
         self.recipes.append(recipe)
@@ -55,8 +57,6 @@ class Rig:
         return backend
 
     def know(self, backend: TensorRTBackend, bundle: Bundle, heads: Heads | None = None) -> bytes:
-        from engine import graph
-
         onnx = graph.serialize(backend._model(bundle))
         self.trt.know(onnx, heads or bundle.heads)
         return onnx
@@ -218,6 +218,16 @@ def test_heads_that_are_not_the_bundles_never_reach_a_verdict(rig: Rig, bundle: 
     rig.know(backend, bundle, heads=random_heads(seed=99))
     with pytest.raises(DeviceError, match="not this bundle's: its heads give"):
         backend.load(bundle)
+    assert rig.driver.live == 0
+
+
+def test_an_encoder_that_is_not_the_bundles_never_reaches_a_verdict(
+    rig: Rig, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan whose heads are right but whose encoder kept the old weights: what a refit gone wrong would leave."""
+    monkeypatch.setattr(TensorRTBackend, "_reference", staticmethod(graph.reference))
+    with pytest.raises(DeviceError, match=r"not this bundle's: its encoder's answer to a test pattern is off by"):
+        rig.load(bundle)
     assert rig.driver.live == 0
 
 
