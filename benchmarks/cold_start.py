@@ -1,6 +1,6 @@
 """How long a worker takes from its start to readiness, where that time goes, and what it holds in memory then.
 
-A worker process is started several times against the embedded broker (or one that is named), and /readyz is asked until it says yes.
+A worker process is started several times against the embedded broker (or a named one), and /readyz is asked until it says yes.
 Everything is as in production: the packaged bundle, the backend that `auto` takes, decoder processes. The group's join is shown
 apart: how long it takes is the broker's decision (Kafka waits `group.initial.rebalance.delay.ms`, 3 s unless set, for an empty
 group; the embedded broker half of the session timeout, 2 s at least).

@@ -112,7 +112,7 @@ def serialize(built: ModelProto) -> bytes:
 
 
 def reference(bundle: Bundle, crops: Array) -> Array:
-    """Embeddings f32 [n, 192] of crops uint8 [n, 224, 224, 3] from the float32 graph in numpy: what a compiled one is held against.
+    """Embeddings f32 [n, 192] of crops uint8 [n, 224, 224, 3] from the float32 graph in numpy, to hold compiled ones against.
 
     Slow, a third of a second a crop. Raises as `model`.
     """

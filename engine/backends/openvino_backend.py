@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -83,9 +84,15 @@ class OpenVINOBackend(CheckedBackend):
         heads = self._core.read_model(graph.serialize(graph.model(bundle, part="heads")))
         crop = (CROP_PX, CROP_PX, 3)
         hint = {"fp32": "f32", "bf16": "bf16"}[self.precision]
-        self._chunks = self._guard(lambda: _Lane(self._compile(encoder, (CHUNK, *crop), hint, self._threads)))
-        self._singles = self._guard(lambda: _Lane(self._compile(encoder, (1, *crop), hint, 1)))
-        self._heads = self._guard(lambda: _Lane(self._compile(heads, (HEADS_CHUNK, EMBEDDING_DIM), "f32", 1)))
+        shaped = (
+            (self._shaped(encoder, (CHUNK, *crop)), hint, self._threads),
+            (self._shaped(encoder, (1, *crop)), hint, 1),
+            (self._shaped(heads, (HEADS_CHUNK, EMBEDDING_DIM)), "f32", 1),
+        )
+        # Side by side: a compilation keeps one core busy.
+        with ThreadPoolExecutor(len(shaped)) as pool:
+            compiled = self._guard(lambda: list(pool.map(lambda arguments: self._compile(*arguments), shaped)))
+        self._chunks, self._singles, self._heads = (_Lane(model) for model in compiled)
         self._guard(self._choose_ways)
 
     def warm_up(self, batch_sizes: Iterable[int]) -> None:
@@ -93,9 +100,13 @@ class OpenVINOBackend(CheckedBackend):
         self._require("loaded", "warm_up")
         self._checked_sizes(batch_sizes)
 
-    def _compile(self, model: Any, shape: tuple[int, ...], precision: str, streams: int) -> Any:
-        model = model.clone()  # shares the weights
-        model.reshape(list(shape))
+    @staticmethod
+    def _shaped(model: Any, shape: tuple[int, ...]) -> Any:
+        copy = model.clone()  # shares the weights
+        copy.reshape(list(shape))
+        return copy
+
+    def _compile(self, model: Any, precision: str, streams: int) -> Any:
         options = {
             "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": self._threads,

@@ -32,8 +32,8 @@ HEADS_TOLERANCE = 0.02
 
 
 EMBEDDING_TOLERANCE = 0.05
-"""Of the plan's embedding of a test pattern against the float32 graph's in numpy, as a share of its length; another encoder's is off
-by about one, half precision by a hundredth."""
+"""Of the plan's embedding of a test pattern against the float32 graph's in numpy, as a share of its length; another encoder's is
+off by about one, bf16's by less than a hundredth."""
 
 
 class TensorRTBackend(CheckedBackend):
