@@ -216,6 +216,9 @@ class Detector:
             raise ValueError(f"{len(probabilities)} crops are no whole number of frames of {crops_per_frame}")
         if np.isnan(probabilities).any():
             raise ScoreError("the model's output for this image is not finite")
+        if len(probabilities) == 1:  # nothing to combine: most images
+            only = dict(zip(HEADS, probabilities[0].tolist(), strict=True))
+            return ImageScore(score=only[self.head], heads=only, crops=(only[self.head],), frame=0)
         frames = probabilities.reshape(-1, crops_per_frame, len(HEADS)).astype(np.float64)
         means = frames.mean(axis=1)
         serving = HEADS.index(self.head)

@@ -23,6 +23,7 @@ class Budget:
         self._events = 0
         self._record_bytes = 0
         self._reserved_bytes = 0
+        self._waiting = 0
         self._closed = False
 
     @property
@@ -57,8 +58,18 @@ class Budget:
     def reserve(self, image_bytes: int) -> None:
         """Wait until an image of at most `image_bytes` may be held. Returns at once after `close`."""
         with self._freed:
+            self._waiting += 1
             self._freed.wait_for(lambda: self._closed or self._fits(image_bytes))
+            self._waiting -= 1
             self._reserved_bytes += image_bytes
+
+    def try_reserve(self, image_bytes: int) -> bool:
+        """As `reserve`, where that need not wait; False, and nothing reserved, where it would, or where others wait already."""
+        with self._lock:
+            if self._closed or self._waiting or not self._fits(image_bytes):
+                return False
+            self._reserved_bytes += image_bytes
+            return True
 
     def release(self, image_bytes: int) -> None:
         """Give back what `reserve` took, or a part of it once the true size is known."""

@@ -53,6 +53,10 @@ CACHE_ROUND = 64
 """Digests asked for in one round trip at most."""
 PUBLISH_ROUND = 64
 """Verdicts made between two looks at the queue."""
+INLINE_ROUND = 32
+"""Images that came inside their events and are handed on together."""
+INLINE_BYTES = 1 << 20
+"""Larger ones are left to the fetch threads: the thread that polls must not spend its time on their digests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +98,9 @@ class Pipeline:
         self._clock = clock
         levels = settings.batch.priority_levels
         self._to_fetch: Lanes[Item] = Lanes(levels)
-        self._to_cache: queue.SimpleQueue[Fetched | CachedScore | None] = queue.SimpleQueue()
+        self._to_cache: queue.SimpleQueue[list[Fetched] | Fetched | CachedScore | None] = queue.SimpleQueue()
         self._to_decode: Lanes[tuple[Fetched, Flight]] = Lanes(levels)
-        self._to_publish: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._to_publish: queue.SimpleQueue[list[Scored] | Outcome | None] = queue.SimpleQueue()
         self._flights: SingleFlight[Flight, Item] = SingleFlight()
         self._limits = contracts.EventLimits(
             max_image_bytes=settings.fetch.max_bytes, max_event_bytes=settings.kafka.max_record_bytes
@@ -121,25 +125,36 @@ class Pipeline:
     def accept(self, records: list[Record]) -> None:
         """Take records that were read: charged to the budget and on their way, retries once their time has come.
 
-        What waits for its time is bounded by the delay queue alone: a host that is down must not close the intake.
+        What waits for its time is bounded by the delay queue alone: a host that is down must not close the intake. Images
+        that came inside their events need no fetch thread and go to the cache together: waking a thread for each costs more
+        than its digest.
         """
+        inline: list[Fetched] = []
         for record in records:
             delivery = Delivery()
-            partition = (record.position.topic, record.position.partition)
             if record.position.topic == self._settings.kafka.retry_topic:
                 record, delivery = open_retry(record)
             self._metrics.events_received.inc()
             if delivery.not_before is not None and delivery.not_before > self._clock.time():
+                partition = (record.position.topic, record.position.partition)
                 self._stages.ledger.abandon(record.position)  # a revoke need not wait for what only waits itself
                 self._stages.delays.push(Delayed(record, delivery), delivery.not_before, partition, record.size_bytes)
             else:
-                self._admit(record, delivery)
+                self._admit(record, delivery, inline)
+            if len(inline) == INLINE_ROUND:
+                self._to_cache.put(inline)
+                inline = []
+        if inline:
+            self._to_cache.put(inline)
 
     def release_due(self) -> None:
         """Let retries go whose time has come, as far as there is room."""
+        inline: list[Fetched] = []
         for delayed in self._stages.delays.pop_due(self.room()):
             self._stages.ledger.resume(delayed.record.position)
-            self._admit(delayed.record, delayed.delivery)
+            self._admit(delayed.record, delayed.delivery, inline)
+        if inline:
+            self._to_cache.put(inline)
 
     def forget(self, partitions: frozenset[Partition]) -> None:
         """Drop retries that wait, of partitions that are being taken away: their next owner reads them. From any thread."""
@@ -169,7 +184,8 @@ class Pipeline:
         self._stages.batcher.close(drain=drain)
         self._to_publish.put(None)
 
-    def _admit(self, record: Record, delivery: Delivery) -> None:
+    def _admit(self, record: Record, delivery: Delivery, inline: list[Fetched]) -> None:
+        """On its way; an image that is here already, and for which there is room at once, is appended to `inline`."""
         self._stages.budget.charge(record.size_bytes)
         self._stages.circuit.admitted()
         timings = Timings(started=self._clock.monotonic())
@@ -183,7 +199,12 @@ class Pipeline:
             self._to_publish.put(Failed(record, delivery, error, error.event, timings))
             return
         timings.spans = self._tracer.sample(event)
-        self._to_fetch.put(Item(record, event, delivery, timings), event.priority)
+        item = Item(record, event, delivery, timings)
+        size = None if event.inline is None else len(event.inline)
+        if size is None or size > INLINE_BYTES or not self._stages.budget.try_reserve(size):
+            self._to_fetch.put(item, event.priority)
+        elif (fetched := self._fetch_within(item, size)) is not None:
+            inline.append(fetched)
 
     # -- fetch threads -------------------------------------------------------------------------------------------
 
@@ -194,19 +215,23 @@ class Pipeline:
                 item = self._to_fetch.get()
             except Closed:
                 return
-            if not self._drop_if_stale(item.record):
-                self._fetch(item)
+            if not self._drop_if_stale(item.record) and (fetched := self._fetch(item)) is not None:
+                self._to_cache.put(fetched)
 
-    def _fetch(self, item: Item) -> None:
+    def _fetch(self, item: Item) -> Fetched | None:
         """Room for the largest image is reserved first, so that the bytes in flight stay bounded whatever arrives."""
         inline = item.event.inline
         reserved_bytes = self._settings.fetch.max_bytes if inline is None else len(inline)
         self._stages.budget.reserve(reserved_bytes)
+        return self._fetch_within(item, reserved_bytes)
+
+    def _fetch_within(self, item: Item, reserved_bytes: int) -> Fetched | None:
+        """The image within the room reserved for it; None where its event goes another way from here, its room given back."""
         fetched, error, made = self._fetch_in_place(item)
         if fetched is not None:
-            self._stages.budget.release(reserved_bytes - len(fetched.data))
-            self._to_cache.put(fetched)
-            return
+            if reserved_bytes != len(fetched.data):
+                self._stages.budget.release(reserved_bytes - len(fetched.data))
+            return fetched
         self._stages.budget.release(reserved_bytes)
         if isinstance(error, TransientItemError) and not error.attempted:
             self._postpone(item, error, made - 1)  # its host was left alone: that is no attempt of this event
@@ -215,6 +240,7 @@ class Pipeline:
         elif error is not None:
             item = replace(item, delivery=replace(item.delivery, attempt=made))
             self._to_publish.put(_failed(item, error))
+        return None
 
     def _fetch_in_place(self, item: Item) -> tuple[Fetched | None, ItemError | None, int]:
         """Try once; on an event's first way through, a host that failed at once is asked a second time.
@@ -256,24 +282,30 @@ class Pipeline:
         for entries in _rounds(self._to_cache, CACHE_ROUND):
             engine = self._engine
             asking: list[Fetched] = []
+            released_bytes = 0
             for entry in entries:
                 if not isinstance(entry, Fetched):
                     continue
                 if self._flights.join(Flight(engine.scope, entry.sha256), entry.item):
-                    self._stages.budget.release(len(entry.data))
+                    released_bytes += len(entry.data)
                 else:
                     asking.append(entry)
             started = self._clock.monotonic()
             found = self._stages.cache.get_many(engine.scope, [fetched.sha256 for fetched in asking])
             ended = self._clock.monotonic()
+            hits: list[Scored] = []
             for fetched in asking:
                 fetched.item.timings.span("cache", started, ended)
                 cached = found.get(fetched.sha256)
                 if cached is not None:
-                    self._stages.budget.release(len(fetched.data))
-                    self._to_publish.put(Scored(fetched.item, cached.info(), cached.scores, engine.model, cache_hit=True))
+                    hits.append(Scored(fetched.item, cached.info(), cached.scores, engine.model, cache_hit=True))
+                    released_bytes += len(fetched.data)
                 else:
                     self._take_off(fetched, Flight(engine.scope, fetched.sha256))
+            if hits:
+                self._to_publish.put(hits)
+            if released_bytes:
+                self._stages.budget.release(released_bytes)
             self._stages.cache.put_many([entry for entry in entries if isinstance(entry, CachedScore)])
 
     def _take_off(self, fetched: Fetched, flight: Flight) -> None:
@@ -500,13 +532,19 @@ def _failed(item: Item, error: ItemError, sha256: str | None = None) -> Failed:
 
 
 def _rounds(source: queue.SimpleQueue[Any], at_most: int) -> Iterator[list[Any]]:
-    """What stands in the queue, in lists of at most `at_most`: waits for the first, takes the rest at once; ends at None."""
+    """What stands in the queue, in lists: waits for the first entry, takes the rest at once until there are `at_most`.
+
+    An entry that is a list counts as what is in it, and is not divided. Ends at None.
+    """
     while True:
         entry = source.get()
         entries: list[Any] = []
         while entry is not None:
-            entries.append(entry)
-            if len(entries) == at_most or source.empty():
+            if isinstance(entry, list):
+                entries += entry
+            else:
+                entries.append(entry)
+            if len(entries) >= at_most or source.empty():
                 break
             entry = source.get()
         if entries:

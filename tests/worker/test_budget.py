@@ -68,3 +68,25 @@ def test_books_balance(sizes: list[int]) -> None:
         budget.refund(size)
         budget.release(size)
     assert (budget.events, budget.bytes) == (0, 0)
+
+
+def test_trying_never_waits_and_never_overtakes_who_does() -> None:
+    budget = Budget(max_events=9, max_bytes=200, max_image_bytes=100)
+    assert budget.try_reserve(60)
+    assert not budget.try_reserve(60)
+    assert budget.bytes == 60
+    waiting = threading.Thread(target=budget.reserve, args=(100,))
+    waiting.start()
+    deadline = time.monotonic() + 30
+    while budget.try_reserve(1):  # until the other one waits
+        budget.release(1)
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    budget.release(60)
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert budget.bytes == 100
+    budget.release(100)
+    assert budget.try_reserve(100)
+    budget.close()
+    assert not budget.try_reserve(1)

@@ -46,7 +46,7 @@ class Fetcher:
         self.calls.append(event_id)
         if self.errors[event_id]:
             raise self.errors[event_id].pop(0)
-        data = (item.event.url or "").encode()
+        data = item.event.inline or (item.event.url or "").encode()
         return Fetched(item, data, data.hex().ljust(64, "0")[:64])
 
 
@@ -396,3 +396,47 @@ def test_a_swap_names_the_new_model(house: House, tmp_path: Path) -> None:
     assert (first["model"]["version"], second["model"]["version"]) == ("1", "2")
     assert first["verdict_id"] != second["verdict_id"]
     assert len(house.decoder.decoded) == 2
+
+
+def raw(house: House, count: int, size: int = 10) -> list[Record]:
+    """Uploads that are images themselves."""
+    records = []
+    for number in range(count):
+        position = house.ledger.track(TOPIC, 0, number)
+        headers = (("content-type", b"image/png"), ("event_id", f"raw-{number}".encode()))
+        records.append(Record(position, None, b"%04d" % number + bytes(size), headers, int(time.time() * 1000)))
+    return records
+
+
+def test_images_inside_events_go_to_the_cache_together(house: House) -> None:
+    house.decoder.gate.clear()
+    house.pipeline.accept(raw(house, 50))
+    house.decoder.gate.set()
+    house.settle(30)
+    assert sorted(verdict["event_id"] for verdict in house.publisher.verdicts) == sorted(f"raw-{n}" for n in range(50))
+    assert all(verdict["reason"] is None and verdict["timings_ms"]["fetch"] is not None for verdict in house.publisher.verdicts)
+    assert committed_to(house) == 50
+    assert (house.budget.events, house.budget.bytes) == (0, 0)
+
+
+def test_images_inside_events_wait_where_there_is_no_room_for_them(house: House) -> None:
+    """The fetch threads wait for it, never the thread that polls."""
+    house.decoder.gate.clear()
+    house.budget.reserve(5 * 10**7)
+    records = raw(house, 5)
+    house.pipeline.accept(records)
+    house.decoder.gate.set()
+    assert not house.publisher.verdicts
+    house.budget.release(5 * 10**7)
+    house.settle(30)
+    assert len(house.publisher.verdicts) == 5
+    assert (house.budget.events, house.budget.bytes) == (0, 0)
+
+
+def test_a_wrong_digest_of_an_image_inside_an_event_is_a_dead_letter(house: House) -> None:
+    house.fetcher.errors["raw-0"] = [ItemError(Code.FETCH_HASH_MISMATCH, "another image")]
+    house.pipeline.accept(raw(house, 1))
+    house.settle(30)
+    (letter,) = house.publisher.letters
+    assert letter[1] == "fetch.hash_mismatch"
+    assert (house.budget.events, house.budget.bytes) == (0, 0)

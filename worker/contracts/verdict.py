@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -161,9 +162,9 @@ def build_verdict(
         "score": None if scores is None else scores.heads[model.head],
         "uncertain": decision.uncertain,
         "action": decision.action,
-        "policy": PolicyRef(name=decision.policy, version=decision.version, shadow=decision.shadow),
+        "policy": _policy(decision.policy, decision.version) if decision.shadow is None else _shadowed(decision),
         "reason": reason,
-        "model": Model(name=model.name, version=model.version, head=model.head, backend=model.backend, device=model.device),
+        "model": _model(model),
         "image": _image(image, sha256),
         "evidence": _evidence(scores, image),
         "cache": "hit" if cache_hit else "miss",
@@ -188,6 +189,20 @@ def verdict_headers(verdict: Verdict, traceparent: str | None = None) -> list[tu
     if traceparent is not None:
         headers["traceparent"] = traceparent
     return [(name, value.encode()) for name, value in headers.items()]
+
+
+@functools.lru_cache(64)
+def _model(model: ModelRef) -> Model:
+    return Model(name=model.name, version=model.version, head=model.head, backend=model.backend, device=model.device)
+
+
+@functools.lru_cache(64)
+def _policy(name: str, version: str) -> PolicyRef:
+    return PolicyRef(name=name, version=version, shadow=None)
+
+
+def _shadowed(decision: Decision) -> PolicyRef:
+    return PolicyRef(name=decision.policy, version=decision.version, shadow=decision.shadow)
 
 
 def _image(image: ImageInfo | None, sha256: str | None) -> Image:
