@@ -1,4 +1,4 @@
-"""A model bundle on disk: resolve, load, write, publish.
+"""A model bundle on disk: resolve, load, write, publish. Its files are read by `bundle_files`.
 
     versions/                 `resolve` reads CURRENT: one line, the name of a version's folder beside it
     ├── CURRENT
@@ -20,25 +20,35 @@ import json
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue, ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as serialize_safetensors
 
+from engine import bundle_files
+from engine.bundle_files import (
+    HEAD_TENSORS,
+    KNN_IDS,
+    BundleError,
+    encoder_shapes,
+    exists,
+    load_encoder,
+    load_heads,
+    parse_manifest,
+    problems,
+    read,
+    read_verified,
+)
 from engine.calibration import Calibration
-from engine.heads import EMBEDDING_DIM, Head, Heads, HeadsError
+from engine.heads import Head, Heads
 from engine.manifest import (
     ENCODER_FILE,
-    FORMAT,
     HEADS_FILE,
     MANIFEST_FILE,
     MODEL_CARD_FILE,
@@ -59,28 +69,22 @@ from engine.manifest import (
 )
 from engine.preprocess import Preprocess
 
+__all__ = [
+    "CURRENT_FILE",
+    "Bundle",
+    "BundleError",
+    "Draft",
+    "encoder_shapes",
+    "load",
+    "packaged",
+    "publish",
+    "read_manifest",
+    "read_replay",
+    "resolve",
+    "write",
+]
+
 CURRENT_FILE = "CURRENT"
-
-MAX_MANIFEST_BYTES = 8 * 2**20
-MAX_ENCODER_BYTES = 128 * 2**20
-MAX_HEADS_BYTES = 512 * 2**20
-MAX_MODEL_CARD_BYTES = 4 * 2**20
-MAX_REPLAY_BYTES = 256 * 2**20
-
-_TENSORS = {
-    "linear_weight": "linear.weight",
-    "linear_bias": "linear.bias",
-    "knn_gallery": "knn.gallery",
-    "knn_labels": "knn.labels",
-    "svm_vectors": "svm.vectors",
-    "svm_dual": "svm.dual",
-    "svm_intercept": "svm.intercept",
-}
-_KNN_IDS = "knn.ids"
-
-
-class BundleError(Exception):
-    """A bundle cannot be read or written; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,30 +135,6 @@ class Draft:
     """Content of the replay file; None: the bundle has none."""
 
 
-def encoder_shapes() -> dict[str, tuple[int, ...]]:
-    """Names (timm's) and shapes of vit_tiny_patch16_224 without a classifier: 5,524,416 parameters."""
-    dim, mlp = EMBEDDING_DIM, 4 * EMBEDDING_DIM
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, dim),
-        "pos_embed": (1, 197, dim),
-        "patch_embed.proj.weight": (dim, 3, 16, 16),
-        "patch_embed.proj.bias": (dim,),
-    }
-    for block in range(12):
-        for name, shape in {
-            "norm1": (dim,),
-            "attn.qkv": (3 * dim, dim),
-            "attn.proj": (dim, dim),
-            "norm2": (dim,),
-            "mlp.fc1": (mlp, dim),
-            "mlp.fc2": (dim, mlp),
-        }.items():
-            shapes[f"blocks.{block}.{name}.weight"] = shape
-            shapes[f"blocks.{block}.{name}.bias"] = shape[:1]
-    shapes["norm.weight"] = shapes["norm.bias"] = (dim,)
-    return shapes
-
-
 def resolve(path: Path | str) -> Path:
     """The folder of the bundle that `path` means: itself if it holds a manifest, else the version its CURRENT names.
 
@@ -164,16 +144,16 @@ def resolve(path: Path | str) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; a model bundle is a folder with {MANIFEST_FILE} or {CURRENT_FILE}")
-    if _exists(folder / MANIFEST_FILE):
+    if exists(folder / MANIFEST_FILE):
         return folder
     pointer = folder / CURRENT_FILE
-    if not _exists(pointer):
+    if not exists(pointer):
         raise BundleError(f"{folder}: holds neither {MANIFEST_FILE} nor {CURRENT_FILE}, so it is no model bundle")
-    name = _read(folder, CURRENT_FILE, 1024).decode("utf-8", "replace").strip()
+    name = read(folder, CURRENT_FILE, 1024).decode("utf-8", "replace").strip()
     if not is_plain_name(name):
         raise BundleError(f"{pointer}: must hold the name of a folder beside it, holds {name!r}")
     version = folder / name
-    if not _exists(version / MANIFEST_FILE):
+    if not exists(version / MANIFEST_FILE):
         raise BundleError(f"{pointer}: names {name}, but there is no {version / MANIFEST_FILE}")
     return version
 
@@ -202,13 +182,13 @@ def load(path: Path | str) -> Bundle:
             weight that is not finite, a file outside the folder. The message names the file.
     """
     folder = resolve(path)
-    raw = _read(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES)
-    manifest = _parse_manifest(folder / MANIFEST_FILE, raw)
-    encoder = _load_encoder(folder, manifest.encoder)
-    heads = _load_heads(folder, manifest.heads)
-    _read_verified(folder, manifest.model_card, MAX_MODEL_CARD_BYTES)
+    raw = read(folder, MANIFEST_FILE, bundle_files.MAX_MANIFEST_BYTES)
+    manifest = parse_manifest(folder / MANIFEST_FILE, raw)
+    encoder = load_encoder(folder, manifest.encoder)
+    heads = load_heads(folder, manifest.heads)
+    read_verified(folder, manifest.model_card, bundle_files.MAX_MODEL_CARD_BYTES)
     if manifest.replay is not None:
-        _read_verified(folder, manifest.replay, MAX_REPLAY_BYTES)
+        read_verified(folder, manifest.replay, bundle_files.MAX_REPLAY_BYTES)
     return Bundle(manifest, encoder, heads, hashlib.sha256(raw).hexdigest(), folder)
 
 
@@ -219,8 +199,8 @@ def read_manifest(path: Path | str) -> tuple[Manifest, str]:
         BundleError: as `load`, for the manifest alone.
     """
     folder = resolve(path)
-    raw = _read(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES)
-    return _parse_manifest(folder / MANIFEST_FILE, raw), hashlib.sha256(raw).hexdigest()
+    raw = read(folder, MANIFEST_FILE, bundle_files.MAX_MANIFEST_BYTES)
+    return parse_manifest(folder / MANIFEST_FILE, raw), hashlib.sha256(raw).hexdigest()
 
 
 def read_replay(bundle: Bundle) -> bytes | None:
@@ -230,7 +210,7 @@ def read_replay(bundle: Bundle) -> bytes | None:
         BundleError: it is missing, oversized or changed.
     """
     part = bundle.manifest.replay
-    return None if part is None else _read_verified(bundle.path, part, MAX_REPLAY_BYTES)
+    return None if part is None else read_verified(bundle.path, part, bundle_files.MAX_REPLAY_BYTES)
 
 
 def write(folder: Path | str, draft: Draft) -> Bundle:
@@ -285,142 +265,12 @@ def publish(parent: Path | str, version: str) -> Path:
     return folder / version
 
 
-def _exists(file: Path) -> bool:
-    try:
-        return file.exists()
-    except OSError as error:
-        raise BundleError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _parse_manifest(file: Path, raw: bytes) -> Manifest:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        content = json.loads(raw, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: not valid JSON: {error}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise BundleError(f"{file}: unknown format {found!r}; this version reads {FORMAT}")
-    try:
-        return Manifest.model_validate(content)
-    except ValidationError as error:
-        raise BundleError(f"{file}: {_problems(error)}") from error
-
-
-def _problems(error: ValidationError) -> str:
-    details = error.errors(include_url=False, include_input=False)
-    lines = [f"{'.'.join(str(part) for part in d['loc']) or 'manifest'}: {d['msg']}" for d in details[:5]]
-    if len(details) > len(lines):
-        lines.append(f"and {len(details) - len(lines)} more")
-    return _printable("; ".join(lines))
-
-
-def _printable(text: str) -> str:
-    # Names come from the file: they must not break the line, nor move the cursor of a terminal.
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def _load_encoder(folder: Path, part: EncoderPart) -> dict[str, NDArray[np.float32]]:
-    file = folder / part.file
-    tensors = _tensors(file, _read_verified(folder, part, MAX_ENCODER_BYTES))
-    shapes = encoder_shapes()
-    _same_names(file, set(tensors), set(shapes))
-    for name, shape in shapes.items():
-        tensor = tensors[name]
-        if tensor.shape != shape or tensor.dtype not in (np.float32, np.float16):
-            raise BundleError(f"{file}: {name}: expected float32 {list(shape)}, found {tensor.dtype} {list(tensor.shape)}")
-        if not np.isfinite(tensor).all():
-            raise BundleError(f"{file}: {name}: holds a value that is not finite")
-    parameters = sum(tensor.size for tensor in tensors.values())
-    if parameters != part.parameters:
-        raise BundleError(f"{file}: holds {parameters} parameters, the manifest says {part.parameters}")
-    return {name: tensors[name].astype(np.float32, copy=False) for name in shapes}
-
-
-def _load_heads(folder: Path, part: HeadsPart) -> Heads:
-    file = folder / part.file
-    tensors = _tensors(file, _read_verified(folder, part, MAX_HEADS_BYTES))
-    _same_names(file, set(tensors) - {_KNN_IDS}, set(_TENSORS.values()))
-    try:
-        heads = Heads(
-            **{field_name: tensors[name] for field_name, name in _TENSORS.items()},
-            svm_gamma=part.ocsvm.gamma,
-            svm_degree=part.ocsvm.degree,
-            svm_coef0=part.ocsvm.coef0,
-            knn_ids=_parse_ids(file, tensors.get(_KNN_IDS)),
-        )
-    except HeadsError as error:
-        tensor = _TENSORS.get(error.tensor, error.tensor.replace("_", "."))
-        raise BundleError(f"{file}: {tensor}: {str(error).partition(': ')[2]}") from error
-    fakes = int(heads.knn_labels.sum())
-    found = (fakes, len(heads.knn_labels) - fakes, len(heads.svm_dual))
-    said = (part.knn.fakes, part.knn.reals, part.ocsvm.support_vectors)
-    if found != said:
-        raise BundleError(f"{file}: holds (fakes, reals, support vectors) {found}, the manifest says {said}")
-    return heads
-
-
-def _parse_ids(file: Path, tensor: NDArray[Any] | None) -> tuple[str, ...] | None:
-    if tensor is None:
-        return None
-    try:
-        return tuple(tensor.astype(np.uint8, casting="equiv").tobytes().decode("utf-8").split("\n"))
-    except (UnicodeDecodeError, TypeError) as error:
-        raise BundleError(f"{file}: {_KNN_IDS}: expected UTF-8 lines as uint8: {error}") from error
-
-
-def _tensors(file: Path, data: bytes) -> dict[str, NDArray[Any]]:
-    try:
-        return dict(parse_safetensors(data))
-    # KeyError and TypeError: the numpy reader's answer to dtypes that numpy has not (bfloat16, float8).
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{file}: not a readable safetensors file: {error}") from error
-
-
-def _same_names(file: Path, found: set[str], expected: set[str]) -> None:
-    for word, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise BundleError(f"{file}: {word} tensors: {_printable(shown)}")
-
-
-def _read_verified(folder: Path, ref: FileRef, max_bytes: int) -> bytes:
-    data = _read(folder, ref.file, max_bytes)
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != ref.sha256:
-        raise BundleError(f"{folder / ref.file}: its SHA-256 is {digest}, the manifest says {ref.sha256}")
-    return data
-
-
-def _read(folder: Path, name: str, max_bytes: int) -> bytes:
-    file = folder / name
-    try:
-        real = file.resolve(strict=True)
-        if not real.is_relative_to(folder.resolve()):
-            raise BundleError(f"{file}: leads out of its folder, to {real}")
-        # Non-blocking, so that a pipe in the place of a file is refused instead of waited for.
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise BundleError(f"{file}: not a regular file")
-            data = stream.read(max_bytes + 1)
-    except FileNotFoundError as error:
-        raise BundleError(f"{file}: missing") from error
-    except (OSError, RuntimeError) as error:
-        raise BundleError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(data) > max_bytes:
-        raise BundleError(f"{file}: larger than {max_bytes} bytes")
-    return data
-
-
 def _files(target: Path, draft: Draft) -> dict[str, bytes]:
-    heads = {name: getattr(draft.heads, field_name) for field_name, name in _TENSORS.items()}
+    heads = {name: getattr(draft.heads, field_name) for field_name, name in HEAD_TENSORS.items()}
     if draft.heads.knn_ids is not None:
         if any("\n" in text for text in draft.heads.knn_ids):
-            raise BundleError(f"{target / HEADS_FILE}: {_KNN_IDS}: a name holds a line break")
-        heads[_KNN_IDS] = np.frombuffer("\n".join(draft.heads.knn_ids).encode(), np.uint8)
+            raise BundleError(f"{target / HEADS_FILE}: {KNN_IDS}: a name holds a line break")
+        heads[KNN_IDS] = np.frombuffer("\n".join(draft.heads.knn_ids).encode(), np.uint8)
     files = {
         # Contiguous copies: the serialiser writes the memory as it lies, whatever the strides say.
         ENCODER_FILE: serialize_safetensors({k: np.ascontiguousarray(v) for k, v in draft.encoder.items()}),
@@ -434,7 +284,7 @@ def _files(target: Path, draft: Draft) -> dict[str, bytes]:
         manifest = _manifest(draft, digests)
         text = json.dumps(manifest.model_dump(mode="json"), indent=2, allow_nan=False, ensure_ascii=False)
     except ValidationError as error:
-        raise BundleError(f"{target / MANIFEST_FILE}: {_problems(error)}") from error
+        raise BundleError(f"{target / MANIFEST_FILE}: {problems(error)}") from error
     except ValueError as error:
         raise BundleError(f"{target / MANIFEST_FILE}: a metric is not finite: {error}") from error
     return {**files, MANIFEST_FILE: f"{text}\n".encode()}

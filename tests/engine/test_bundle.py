@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from engine import bundle as bundle_module
+from engine import bundle_files
 from engine.bundle import Bundle, BundleError, encoder_shapes, load, packaged, publish, read_manifest, resolve, write
 from engine.heads import EMBEDDING_DIM, HEADS
 from engine.manifest import Parent
@@ -234,9 +235,9 @@ def test_links_within_the_folder_are_fine_as_kubernetes_mounts_have_them(folder:
     ],
 )
 def test_an_oversized_file_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, limit: str, name: str) -> None:
-    monkeypatch.setattr(bundle_module, limit, (folder / name).stat().st_size)
+    monkeypatch.setattr(bundle_files, limit, (folder / name).stat().st_size)
     load(folder)
-    monkeypatch.setattr(bundle_module, limit, (folder / name).stat().st_size - 1)
+    monkeypatch.setattr(bundle_files, limit, (folder / name).stat().st_size - 1)
     with pytest.raises(BundleError, match=rf"{name}: larger than \d+ bytes"):
         load(folder)
 
