@@ -1,31 +1,19 @@
-"""Reads one scikit-learn estimator out of a pickle or joblib file; a program of its own, run by `train.pickled_heads`.
-
-The file comes on stdin, limits as arguments; the answer on stdout is a safetensors file of the estimator's numeric arrays, with
-its class and plain attributes as metadata (exit code 0), or one line that says why the file is refused (exit code 3).
+"""Reads one scikit-learn estimator out of a pickle or joblib file, as arrays; runs in a process of its own (`pickle_process.py`).
 
 Nothing that a pickle names is ever called. The names that a fitted estimator needs are answered with the inert stand-ins below;
-any other name, and every opcode that could reach further, refuses the file. Neither scikit-learn nor joblib is imported: what
-comes out are arrays. Around that, in case the reader itself is wrong: the process has no arguments worth stealing, an empty
-environment, limits on memory, time and output, and, on Linux, a system call filter that leaves it reading, writing what is open
-already, and memory.
+any other name, and every opcode that could reach further, refuses the file. Neither scikit-learn nor joblib is imported.
 
-Imports the standard library, numpy and safetensors only, and none of this project: it runs isolated (`python -I`).
+Imports the standard library, numpy and safetensors only, and none of this project: that process runs isolated (`python -I`).
 """
 
 from __future__ import annotations
 
 import bz2
 import codecs
-import ctypes
 import io
 import json
 import lzma
-import os
 import pickle
-import platform
-import resource
-import struct
-import sys
 import zlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
@@ -36,7 +24,6 @@ from safetensors.numpy import save
 for _codec in ("latin1", "ascii", "utf-8", "raw-unicode-escape", "unicode-escape"):
     codecs.lookup(_codec)  # found now, because later no file can be opened
 
-REFUSED = 3
 MAX_FILE_BYTES = 256 * 2**20
 MAX_ARRAY_DIMENSIONS = 4
 
@@ -387,64 +374,3 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, int | str):
         return type(value) in (bool, str, int) and (len(value) <= 200 if isinstance(value, str) else abs(value) < 2**63)
     return value is None or type(value) is float
-
-
-# Numbers of the system calls that may go on, by machine: read, write, close, fstat, lseek, mmap, mprotect, munmap, brk,
-# rt_sigaction, rt_sigprocmask, rt_sigreturn, mremap, madvise, getpid, futex, clock_gettime, sched_yield, getrandom, exit,
-# exit_group.
-_ALLOWED_CALLS = {
-    "x86_64": (0xC000003E, (0, 1, 3, 5, 8, 9, 10, 11, 12, 13, 14, 15, 25, 28, 39, 202, 228, 24, 318, 60, 231)),
-    "aarch64": (0xC00000B7, (63, 64, 57, 80, 62, 222, 226, 215, 214, 134, 135, 139, 216, 233, 172, 98, 113, 124, 278, 93, 94)),
-}
-_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
-_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_ALLOW, _FAIL_WITH_EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
-
-
-def seal() -> bool:
-    """Leaves this process only the system calls of `_ALLOWED_CALLS`; False where the kernel or machine has no such filter."""
-    if sys.platform != "linux" or platform.machine() not in _ALLOWED_CALLS:
-        return False
-    architecture, calls = _ALLOWED_CALLS[platform.machine()]
-    steps = [(_LOAD, 0, 0, 4), (_JUMP_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    steps += [(_JUMP_IF_EQUAL, len(calls) - i, 0, number) for i, number in enumerate(calls)]
-    steps += [(_RETURN, 0, 0, _FAIL_WITH_EPERM), (_RETURN, 0, 0, _ALLOW)]
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(program)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-        return False
-    return not libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0)
-
-
-def limit(memory_bytes: int, cpu_s: int) -> None:
-    """The kernel's limits on this process: address space, processor time, size of what it writes, no new files or processes."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MAX_FILE_BYTES, 2 * MAX_FILE_BYTES))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-
-
-def main(memory_bytes: int, cpu_s: int) -> NoReturn:
-    """Reads stdin, answers on stdout."""
-    data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
-    limit(memory_bytes, cpu_s)
-    seal()
-    code, answer = 0, b""
-    try:
-        if len(data) > MAX_FILE_BYTES:
-            raise RefusedError(f"larger than {MAX_FILE_BYTES} bytes")
-        answer = read(data)
-    except RefusedError as exc:
-        code, answer = REFUSED, str(exc).encode("utf-8", "replace")
-    except MemoryError:
-        code, answer = REFUSED, f"it needs more than {memory_bytes // 2**20} MiB of memory".encode()
-    view = memoryview(answer)
-    while view:
-        view = view[os.write(1, view) :]
-    os._exit(code)  # no destructors: whatever the pickle built is not worth taking apart
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

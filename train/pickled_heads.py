@@ -1,4 +1,4 @@
-"""The published heads out of their pickles: read by a process without rights (`train/pickle_reader.py`), checked, as arrays."""
+"""The published heads out of their pickles: read by a process without rights (`train/pickle_process.py`), checked, as arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.heads import EMBEDDING_DIM, Heads, HeadsError, unit_rows
 
-READER = Path(__file__).with_name("pickle_reader.py")
+PROCESS = Path(__file__).with_name("pickle_process.py")
 MAX_ANSWER_BYTES = 512 * 2**20
 _REFUSED = 3
 
@@ -98,7 +98,7 @@ def _answer(path: Path, limits: Limits) -> bytes:
     # the kernel limits, because a pipe would fill this process's memory with whatever is written.
     if path.exists() and not path.is_file():
         raise PickleError(f"{path}: not a regular file")
-    command = [sys.executable, "-I", str(READER), str(limits.memory_bytes), str(limits.cpu_s)]
+    command = [sys.executable, "-I", str(PROCESS), str(limits.memory_bytes), str(limits.cpu_s)]
     try:
         with path.open("rb") as source, tempfile.TemporaryFile() as answer, tempfile.TemporaryDirectory() as empty:
             done = subprocess.run(

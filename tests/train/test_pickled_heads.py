@@ -285,8 +285,9 @@ def test_no_file_a_folder_and_a_pipe_are_named(tmp_path: Path) -> None:
 
 SEALED = """
 import os, socket, sys
-from train import pickle_reader
-if not pickle_reader.seal():
+from train import pickle_process
+pickle_process.reader()
+if not pickle_process.seal():
     print("no filter here"); sys.exit()
 for name, attempt in {
     "open": lambda: open("/etc/hostname"),
