@@ -7,14 +7,17 @@ Those of `refresh` stand in `train.refresh_commands`.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-if TYPE_CHECKING:
-    from train.pretrain import Progress
+from train import pack, pretrain_command
+from train.terminal import at_least as _at_least
+from train.terminal import counter as _counter
+from train.terminal import say as _say
 
 DONE, NOT_PROMOTED, BAD = 0, 1, 2
 
@@ -46,6 +49,7 @@ def _expected() -> tuple[type[Exception], ...]:
     from train.aligned import AlignedError
     from train.data import DataError
     from train.pickled_heads import PickleError
+    from train.pretrain_errors import PretrainError
     from train.promote import PromoteError
     from train.recipe import RecipeError
 
@@ -60,8 +64,7 @@ def _expected() -> tuple[type[Exception], ...]:
         OSError,
     )
     # Only where torch was needed can its errors have been raised.
-    pretrain = sys.modules.get("train.pretrain")
-    return (*expected, pretrain.PretrainError) if pretrain is not None else (*expected, ModuleNotFoundError)
+    return (*expected, PretrainError) if "torch" in sys.modules else (*expected, PretrainError, ModuleNotFoundError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,19 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     one = commands.add_parser("pretrain", help="train the encoder by a recipe; resumes where it stopped")
-    one.add_argument("--recipe", type=Path, required=True, help="TOML file, e.g. train/recipes/cpu-tiny.toml")
     _data(one)
     _out(one)
-    one.add_argument(
-        "--autoencoder", type=Path, help="folder of an autoencoder, for aligned fakes; default: upsampling artefacts"
-    )
-    one.add_argument("--start", type=Path, help="encoder.safetensors of an earlier run to go on from, instead of from scratch")
-    one.add_argument("--workers", type=_at_least(0), default=1, help="loader processes (0: none)")
-    one.add_argument("--threads", type=_at_least(1), default=1, help="torch's CPU threads; one is the best on shared cores")
-    one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
-    one.add_argument("--stop-after", type=_at_least(1), help="end at this step, to repeat a run that was stopped there")
-    one.add_argument("--export", action="store_true", help="do not train: export the encoder of the checkpoint as it stands")
-    one.set_defaults(run=_pretrain)
+    pretrain_command.add_arguments(one)
+    one.set_defaults(run=pretrain_command.run)
 
     two = commands.add_parser("probe", help="fit the three heads on the encoder's embeddings")
     _out(two)
@@ -132,9 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     refresh_commands.add_label_sources(six)
     _out(six)
-    six.add_argument("--split", default="train")
-    six.add_argument("--records", type=_at_least(1), default=1000, help="records a shard")
-    six.set_defaults(run=_pack)
+    pack.add_arguments(six)
+    six.set_defaults(run=pack.run)
     refresh_commands.add(commands, _Parser)
     return parser
 
@@ -151,7 +144,9 @@ def _import_command(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, help="folder with manifest.tsv and its images")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with manifest.tsv and its images (pretrain: or .tar shards)"
+    )
 
 
 def _out(parser: argparse.ArgumentParser) -> None:
@@ -160,83 +155,6 @@ def _out(parser: argparse.ArgumentParser) -> None:
 
 def _version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", required=True, help="version of the bundle, e.g. 2026.11.1")
-
-
-def _at_least(least: int):  # type: ignore[no-untyped-def]
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return number
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _counter(what: str, every: int = 500):  # type: ignore[no-untyped-def]
-    def show(count: int) -> None:
-        if count % every < 32:
-            _say(f"{what}: {count}")
-
-    return show
-
-
-def _pretrain(args: argparse.Namespace) -> int:
-    import torch
-
-    from train import pool, stages, store
-    from train import recipe as recipes
-    from train.aligned import reconstruction
-    from train.data import read_manifest
-    from train.pretrain import Run, process_group, train
-
-    torch.set_num_threads(args.threads)
-    recipe = recipes.load(args.recipe)
-    entries = read_manifest(args.data, "train")
-    args.out.mkdir(parents=True, exist_ok=True)
-    with process_group() as rank:
-        if rank == 0:
-            built, damage = store.build(
-                entries, args.out / "store", reconstruction(args.autoencoder, args.out), _counter("decoded")
-            )
-            _say(f"store: {len(built.items)} images; {damage}")
-            if recipe.pool_copies:
-                pool.build(args.out / "store", args.out / "store" / "pool", recipe.pool_copies, _counter("pool"))
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        opened = store.PixelStore(args.out / "store")
-        run = Run(recipe, args.out / "store", args.out, args.device, stages.encoder_module(args.start) if args.start else None)
-        if run.resume():
-            _say(f"resumed at step {run.step} of {recipe.steps}")
-        if not args.export:
-            train(run, workers=args.workers, on_progress=_line if rank == 0 else None, stop_after=args.stop_after)
-        if rank == 0:
-            sha256 = stages.save_encoder(run.encoder_weights(), args.out)
-            stages.write_facts(
-                args.out,
-                data=stages.data_facts(args.data, entries, sum(item.pair >= 0 for item in opened.items)),
-                summary=stages.summary(recipe, run.step, run.views, run.train_seconds),
-                recipe_sha256=recipe.digest,
-                encoder_sha256=sha256,
-                pretrain_command=_pretrain_command(args, run.step if run.step < recipe.steps else None),
-                earlier=stages.earlier_run(args.start) if args.start else [],
-            )
-            _say(f"{args.out / stages.ENCODER_FILE}: the averaged encoder after {run.step} steps")
-    return DONE
-
-
-def _line(progress: Progress) -> None:
-    _say(
-        f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f} (contrastive {progress.contrastive:.4f}, "
-        f"cross entropy {progress.cross_entropy:.4f})  accuracy {progress.accuracy:.3f}, aligned {progress.aligned_accuracy:.3f} "
-        f"lr {progress.learning_rate:.2e}  {progress.views_per_s:.0f} views/s, {progress.waited_share:.1%} waiting for data"
-    )
 
 
 def _probe(args: argparse.Namespace) -> int:
@@ -341,28 +259,14 @@ def _promote(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _pack(args: argparse.Namespace) -> int:
-    from train import refresh_commands
-    from train.data import read_manifest, write_shards
-
-    if args.from_labels == (args.data is not None):
-        _parser().error("pack needs either --data or --from-labels")
-    if args.from_labels:
-        return refresh_commands.pack(args)
-    shards, damage = write_shards(read_manifest(args.data, args.split), args.out, args.records)
-    print(f"{len(shards)} shards in {args.out}; {damage}")
-    return DONE
-
-
-def _pretrain_command(args: argparse.Namespace, stopped_at: int | None) -> str:
-    """The command as it can be given again; folders of this machine become variables."""
-    text = f"python -m train pretrain --data $CORPUS --out $RUN --recipe train/recipes/{args.recipe.name}"
-    if args.autoencoder is not None:
-        text += " --autoencoder $AUTOENCODER"
-    if args.start is not None:
-        text += " --start $EARLIER/encoder.safetensors"
-    return text if stopped_at is None else f"{text} --stop-after {stopped_at}"
+def _leave(code: int) -> NoReturn:
+    """Ends the process; under torchrun without the interpreter's teardown, in which gloo's threads can abort what went well."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

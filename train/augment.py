@@ -193,8 +193,8 @@ def code(image: Image.Image, rng: Generator, strength: float = 1.0) -> Image.Ima
 
 
 # Mostly near the native size; sometimes far smaller, and sometimes larger, as the native pixels of a 12-megapixel photo look.
-_SCALES = ((0.74, 1.2), (0.5, 0.74), (1.2, 2.5))
-_SCALE_SHARES = (0.6, 0.1, 0.3)
+PLATFORM_SCALES = ((0.74, 1.2), (0.5, 0.74), (1.2, 2.5))
+PLATFORM_SCALE_SHARES = (0.6, 0.1, 0.3)
 
 
 def platform(image: Image.Image, rng: Generator, strength: float = 1.0) -> Image.Image:
@@ -207,7 +207,7 @@ def platform(image: Image.Image, rng: Generator, strength: float = 1.0) -> Image
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(float(rng.uniform(0.85, 1.15)))
     if rng.random() < 0.5 * strength:
-        factor = float(rng.uniform(*_SCALES[int(rng.choice(len(_SCALES), p=_SCALE_SHARES))]))
+        factor = float(rng.uniform(*PLATFORM_SCALES[int(rng.choice(len(PLATFORM_SCALES), p=PLATFORM_SCALE_SHARES))]))
         resample = _RESAMPLERS[int(rng.integers(len(_RESAMPLERS)))]
         if factor > 1.2:
             # Only what can end up in a crop is enlarged: a window of the old size, which also bounds the cost.

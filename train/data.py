@@ -13,11 +13,14 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-MEMBER = re.compile(r"^(?P<key>.+?)\.(?P<role>real|gen_\d+)\.(?P<extension>jpe?g|png|webp)$", re.IGNORECASE)
+from engine.images import ImageError
+
+MEMBER = re.compile(r"^(?P<key>.+?)\.(?P<role>real|gen_\d+|aligned)\.(?P<extension>jpe?g|png|webp)$", re.IGNORECASE)
+JPEG_START = b"\xff\xd8"
 LABELS = {"real": 0, "fake": 1}
 REQUIRED_COLUMNS = ("file", "split", "label", "source")
 
@@ -136,11 +139,6 @@ def digest(entries: Iterable[Entry]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def assigned(shards: Sequence[Path], rank: int, world_size: int, worker: int = 0, workers: int = 1) -> list[Path]:
-    """The shards one loader process reads: every one goes to exactly one (rank, worker), in sorted order."""
-    return sorted(shards)[rank * workers + worker :: world_size * workers]
-
-
 def read_shard(path: Path, damage: Damage) -> Iterator[Record]:
     """Streams a shard's records; members of one key must be neighbours, in any order, as WebDataset writes them."""
     key = ""
@@ -188,11 +186,14 @@ def _meta(name: str, data: bytes, path: Path, damage: Damage) -> dict[str, dict[
     return meta if isinstance(meta, dict) else {}
 
 
-def write_shards(entries: Sequence[Entry], out: Path, records_per_shard: int = 1000) -> tuple[list[Path], Damage]:
+def write_shards(
+    entries: Sequence[Entry], out: Path, records_per_shard: int = 1000, aligned: Callable[[bytes], bytes] | None = None
+) -> tuple[list[Path], Damage]:
     """Writes shards in D3's layout, files as they are (never re-encoded); returns the shards and what was skipped.
 
-    One image is one record: `<number>_<sha or stem>.real.<ext>` or `.gen_0.<ext>`, with `.meta.json`. Each shard appears whole or
-    not at all.
+    One image is one record: `<number>_<sha or stem>.real.<ext>` or `.gen_0.<ext>`, with `.meta.json`. `aligned` makes of a real
+    image's bytes the file of its aligned fake, which stands beside it as `.aligned.<ext>`. A 2x2 grid, which is four images, is
+    left out and named. Each shard appears whole or not at all.
     """
     out.mkdir(parents=True, exist_ok=True)
     damage, shards = Damage(), []
@@ -201,25 +202,34 @@ def write_shards(entries: Sequence[Entry], out: Path, records_per_shard: int = 1
         partial = shard.with_suffix(".tar.partial")
         with tarfile.open(partial, "w") as tar:
             for number, entry in enumerate(entries[start : start + records_per_shard], start):
-                _write_record(tar, entry, number, damage)
+                _write_record(tar, entry, number, damage, aligned)
         partial.replace(shard)
         shards.append(shard)
     return shards, damage
 
 
-def _write_record(tar: tarfile.TarFile, entry: Entry, number: int, damage: Damage) -> None:
+def _write_record(
+    tar: tarfile.TarFile, entry: Entry, number: int, damage: Damage, aligned: Callable[[bytes], bytes] | None
+) -> None:
     role = "gen_0" if entry.label else "real"
     key = f"{number:08d}_{entry.sha256[:12] or entry.path.stem.replace('.', '_')}"
+    if entry.layout != "single":
+        damage.add(str(entry.path), f"layout {entry.layout}: cut it into its images first")
+        return
     try:
         data = entry.path.read_bytes()
+        fake = aligned(data) if aligned is not None and not entry.label else b""
     except OSError as exc:
         damage.add(str(entry.path), exc.strerror or "unreadable")
         return
+    except ImageError as exc:
+        damage.add(str(entry.path), str(exc))
+        return
     meta = {role: {"source": entry.source, "generator": entry.generator, "group": entry.group, "layout": entry.layout}}
-    for name, content in (
-        (f"{key}.{role}{entry.path.suffix.lower()}", data),
-        (f"{key}.meta.json", json.dumps(meta, sort_keys=True).encode()),
-    ):
+    files = [(f"{key}.{role}{entry.path.suffix.lower()}", data)]
+    if fake:
+        files.append((f"{key}.aligned.{'jpg' if fake.startswith(JPEG_START) else 'png'}", fake))
+    for name, content in (*files, (f"{key}.meta.json", json.dumps(meta, sort_keys=True).encode())):
         info = tarfile.TarInfo(name)
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))

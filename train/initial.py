@@ -10,24 +10,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from train.store import PixelStore
-from train.views import PATCH_PX, Sampler
+from train.sources import Source
+from train.views import PATCH_PX
 
 PATCHES = 24_000
 SKIPPED = 48
 
 
 def whitened_filters(
-    store: PixelStore, filters: int, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
+    source: Source, filters: int, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> NDArray[np.float32]:
     """float32[filters, 3, 16, 16], rows for `patch_embed.proj.weight`; patches are drawn from both classes alike."""
     rng = np.random.default_rng((seed, 77))
-    reals, fakes = Sampler(store, 0.5).sides()
     size = 3 * PATCH_PX**2
     rows = np.empty((PATCHES, size), np.float32)
     for i in range(PATCHES):
-        side = (reals, fakes)[i % 2]
-        rgb = store.pixels(store.items[side[int(rng.integers(len(side)))]])
+        rgb = source.random_pixels(i % 2, rng)
         top, left = (int(rng.integers(extent - PATCH_PX + 1)) for extent in rgb.shape[:2])
         patch = rgb[top : top + PATCH_PX, left : left + PATCH_PX].astype(np.float32) / 255
         rows[i] = ((patch - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).transpose(2, 0, 1).reshape(-1)

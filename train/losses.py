@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -67,17 +67,40 @@ def _permutation(n: int, generator: torch.Generator | None, device: torch.device
     return torch.randperm(n, generator=generator).to(device)
 
 
-def gathered(views: ViewEmbeddings) -> ViewEmbeddings:
-    """All ranks' rows in rank order, with gradient; the input itself where nothing is distributed.
+class _Gather(torch.autograd.Function):
+    """all_gather along rows whose backward sums every rank's gradient and keeps this rank's part.
+
+    all_reduce and a slice instead of reduce_scatter: gloo has no reduce_scatter, and the rows are few.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rows = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        distributed.all_reduce(total)
+        first = distributed.get_rank() * ctx.rows
+        return total[first : first + ctx.rows]
+
+
+def gathered_rows(rows: Tensor) -> Tensor:
+    """float[n, ...] of each rank -> float[ranks * n, ...] in rank order, with gradient; itself where nothing is distributed.
 
     Every rank then computes the loss of the joined batch. The backward of the gather sums over ranks and DDP averages, so
     the parameters' gradients are those of one process with the joined batch. Ranks must hold equally many rows.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return views
-    from torch.distributed.nn.functional import all_gather  # type: ignore[attr-defined, unused-ignore]
+        return rows
+    out: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+    return out
 
-    gather: Callable[[Tensor], tuple[Tensor, ...]] = all_gather
-    return ViewEmbeddings(
-        *(torch.cat(gather(part.contiguous())) for part in (views.plain, views.augmented, views.whole, views.local))
-    )
+
+def gathered(views: ViewEmbeddings) -> ViewEmbeddings:
+    """All ranks' rows of one class, in rank order, with gradient (`gathered_rows`), in one exchange."""
+    stacked = torch.stack((views.plain, views.augmented, views.whole, views.local), dim=1)
+    return ViewEmbeddings(*gathered_rows(stacked).unbind(dim=1))

@@ -17,7 +17,16 @@ VARIANTS: tuple[Variant, ...] = ("paper", "as_released")
 TEMPERATURE = 0.1
 GEOMETRIES = ("paper", "native")
 # Fields that came later count in the digest only where they are set, so that older checkpoints still resume.
-_ADDED = ("pool_copies",)
+_ADDED = (
+    *("pool_copies", "align_formats", "align_sizes", "augment_on", "lanes"),
+    *("probe_every", "patience", "probe_images", "deterministic"),
+)
+CHOICES = {
+    "loss": VARIANTS,
+    "align_formats": ("none", "lossless", "jpeg"),
+    "align_sizes": ("none", "crop", "resize"),
+    "augment_on": ("cpu", "device"),
+}
 
 
 class RecipeError(Exception):
@@ -52,6 +61,13 @@ class Recipe:
     in drawing. pool_copies: crops of each image that are augmented once beforehand (`train.pool`), instead of anew in every step;
     0: none. cross_entropy_weight: of a linear classifier on all views, which the paper does not have. ema_decay: of the
     averaged weights that become the encoder.
+
+    align_formats: `lossless` gives what is lossless a photograph's first compression; `jpeg` re-encodes all images of both
+    classes with one distribution of tables; `none` leaves the files' own. align_sizes: real and fake of a slot are cut (`crop`)
+    or resized (`resize`) to the same size, so that size says nothing about class. augment_on: `device` computes the views in
+    batches on the device (kornia). lanes: streams that a rank's shards are dealt to; loader processes take whole lanes.
+    probe_every: steps between linear probes on held-out images (0: none); training stops after `patience` probes without a better
+    one, and the best one's weights are the encoder. deterministic: CUDA kernels that repeat bit for bit.
     """
 
     name: str
@@ -72,6 +88,14 @@ class Recipe:
     pool_copies: int = 0
     bf16: bool = True
     compile: bool = False
+    align_formats: Literal["none", "lossless", "jpeg"] = "lossless"
+    align_sizes: Literal["none", "crop", "resize"] = "none"
+    augment_on: Literal["cpu", "device"] = "cpu"
+    lanes: int = 16
+    probe_every: int = 0
+    patience: int = 6
+    probe_images: int = 512
+    deterministic: bool = True
 
     @property
     def steps(self) -> int:
@@ -87,8 +111,12 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all fields but the name: what a checkpoint belongs to."""
-        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and (key not in _ADDED or value)}
+        """SHA-256 of all fields but the name: what a checkpoint belongs to.
+
+        Fields that came later count only where they are set, so that older checkpoints still belong to their recipes.
+        """
+        later = {f.name for f in dataclasses.fields(self) if f.name in _ADDED and getattr(self, f.name) == f.default}
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "name" and key not in later}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -136,10 +164,15 @@ def _filled(kind: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _check(recipe: Recipe, path: Path) -> None:
-    if recipe.loss not in VARIANTS:
-        raise RecipeError(f"{path}: loss must be one of {', '.join(VARIANTS)}, not {recipe.loss!r}")
+    for name, choices in CHOICES.items():
+        if getattr(recipe, name) not in choices:
+            raise RecipeError(f"{path}: {name} must be one of {', '.join(choices)}, not {getattr(recipe, name)!r}")
+    if recipe.lanes < 1 or recipe.patience < 1 or recipe.probe_every < 0 or recipe.probe_images < 20:
+        raise RecipeError(f"{path}: needs lanes >= 1, patience >= 1, probe_every >= 0 and probe_images >= 20")
     if recipe.pool_copies < 0:
         raise RecipeError(f"{path}: pool_copies must be 0 or more")
+    if recipe.pool_copies and (recipe.augment_on == "device" or recipe.align_sizes != "none"):
+        raise RecipeError(f"{path}: pool_copies are augmented beforehand: leave augment_on and align_sizes as they are")
     for i, phase in enumerate(recipe.phases):
         where = f"{path}: phases[{i}]"
         if phase.geometry not in GEOMETRIES:

@@ -139,7 +139,7 @@ def _add(writer: _Writer, entry: Entry, reconstruct: Callable[[Rgb], Rgb] | None
     decoded = read(data, LIMITS)
     rgb = decoded.frames[0]
     lossless = decoded.format == "PNG" or (decoded.format == "WEBP" and b"VP8L" in data[:64])
-    tables = _tables(data) if decoded.format == "JPEG" else None
+    tables = tables_of(data) if decoded.format == "JPEG" else None
     if entry.layout == "grid2x2":
         h, w = rgb.shape[0] // 2, rgb.shape[1] // 2
         for part in (rgb[:h, :w], rgb[:h, w:], rgb[h:, :w], rgb[h:, w:]):
@@ -160,7 +160,8 @@ def _add(writer: _Writer, entry: Entry, reconstruct: Callable[[Rgb], Rgb] | None
     writer.add(np.asarray(fake), entry, label=1, generator="aligned", lossless=tables is None, pair=real, tables=number)
 
 
-def _tables(data: bytes) -> Tables | None:
+def tables_of(data: bytes) -> Tables | None:
+    """The quantisation tables of a JPEG's bytes, without decoding it; None for another format."""
     with Image.open(io.BytesIO(data)) as image:
         if not isinstance(image, JpegImagePlugin.JpegImageFile):
             return None

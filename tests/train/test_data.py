@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.train.pictures import corpus
-from train.data import Damage, DataError, assigned, digest, read_manifest, read_shard, trained_sources, write_shards
+from train.data import Damage, DataError, digest, read_manifest, read_shard, trained_sources, write_shards
 
 
 def _tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -99,12 +98,16 @@ def test_packed_shards_hold_the_files_unchanged(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-@given(shards=st.integers(0, 40), world=st.integers(1, 5), workers=st.integers(1, 4))
-def test_every_shard_has_exactly_one_reader(shards: int, world: int, workers: int) -> None:
-    paths = [Path(f"{i:03d}.tar") for i in range(shards)]
-    parts = [assigned(paths, rank, world, worker, workers) for rank in range(world) for worker in range(workers)]
-    assert sorted(p for part in parts for p in part) == paths
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_pack_puts_aligned_fakes_beside_their_reals_and_names_what_it_leaves_out(tmp_path: Path) -> None:
+    entries = read_manifest(corpus(tmp_path / "in"), "train")
+    entries[1] = dataclasses.replace(entries[1], layout="grid2x2")
+    shards, damage = write_shards(entries, tmp_path / "out", aligned=lambda data: b"\xff\xd8" + data[:9])
+    records = [record for shard in shards for record in read_shard(shard, Damage())]
+    assert sum("aligned" in r.images for r in records) == sum(r.real is not None for r in records) == 5
+    assert all("aligned" in r.images for r in records if r.real is not None)
+    assert [(name, reason) for name, reason in damage.skipped] == [
+        (str(entries[1].path), "layout grid2x2: cut it into its images first")
+    ]
 
 
 def test_digest_depends_on_content_not_on_order(tmp_path: Path) -> None:

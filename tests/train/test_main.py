@@ -16,11 +16,13 @@ pytest.importorskip("sklearn")
 from engine import bundle
 from engine.detector import Detector
 from tests.train.pictures import corpus
+from tests.train.shards import d3
 from train import replay
 from train.__main__ import main
 from train.data import Damage, read_shard
 from train.embed import load_encoder
 
+CPU_TINY = str(Path(__file__).parents[2] / "train" / "recipes" / "cpu-tiny.toml")
 RECIPE = """
 seed = 3
 cross_entropy_weight = 1.0
@@ -142,6 +144,25 @@ def test_pack(trained: Path, tmp_path: Path) -> None:
     assert len(records) == 16 and sum(r.real is not None for r in records) == 8
 
 
+def test_from_shards_to_heads_with_a_damaged_member_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = d3(tmp_path / "in", shards=1, records=6, side=230)[0]
+    data = bytearray(shard.read_bytes())
+    at = data.index(b"elsa_v2__train__2.real.jpg") + 512
+    data[at : at + 400] = bytes(400)
+    shard.write_bytes(data)
+    (tmp_path / "r.toml").write_text(RECIPE.replace("aligned = 0.25", ""))
+    given = ["--recipe", str(tmp_path / "r.toml"), "--data", str(tmp_path / "in"), "--out", str(tmp_path / "run")]
+    assert main(["pretrain", *given, "--workers", "1"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("skipped elsa-0000.tar:elsa_v2__train__2.real") == 1 and "1 damaged members were skipped" in err
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+    assert list(facts["skipped"]) == ["elsa-0000.tar:elsa_v2__train__2.real"]
+    assert facts["data"]["real"] == 6 and facts["data"]["fake"] == 24
+    # Heads are fitted on a sample of the records, which pretraining leaves behind.
+    assert main(["probe", "--out", str(tmp_path / "run"), "--version", "1", "--name", "made-up"]) == 0
+    assert not (tmp_path / "run" / "sample").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -154,6 +175,8 @@ def test_pack(trained: Path, tmp_path: Path) -> None:
         (["evaluate", "--data", "{}", "--out", "{}", "--version", "1"], "manifest.tsv: no such file"),
         (["promote", "--out", "{}", "--version", "1", "--models", "{}"], "facts.json: no such file"),
         (["pretrain", "--recipe", "{}/r.toml", "--data", "{}", "--out", "{}"], "r.toml: no such recipe"),
+        (["pretrain", "--recipe", CPU_TINY, "--data", "{}", "--out", "{}"], "neither a manifest.tsv nor .tar shards"),
+        (["pretrain", "--recipe", CPU_TINY, "--data", "{}", "--out", "{}", "--workers", "-1"], "-1 is less than 0"),
     ],
 )
 def test_bad_arguments_exit_2_with_one_line(

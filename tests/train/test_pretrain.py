@@ -14,7 +14,7 @@ from tests.train.pictures import corpus  # noqa: E402
 from tests.train.tiny import encoder, recipe  # noqa: E402
 from train.data import read_manifest  # noqa: E402
 from train.pretrain import NonFiniteLossError, PretrainError, Progress, Run, learning_rate, train  # noqa: E402
-from train.recipe import Phase, Recipe  # noqa: E402
+from train.recipe import Recipe  # noqa: E402
 from train.store import PixelStore, build  # noqa: E402
 from train.views import Sampler, batch_at  # noqa: E402
 
@@ -30,21 +30,6 @@ def _run(store: Path, folder: Path, tiny: Recipe) -> Run:
     return Run(tiny, store, folder, encoder=encoder())
 
 
-@pytest.mark.parametrize("cut", [1, 4])
-def test_a_run_cut_at_any_step_ends_with_the_weights_of_an_uncut_one(store: Path, tmp_path: Path, cut: int) -> None:
-    tiny = recipe(warmup_steps=2, phases=(Phase(3, 3, 5, "native", "platform", depth=1), Phase(3, 3, 5, "native", depth=2)))
-    whole = _run(store, tmp_path / "whole", tiny)
-    assert train(whole, workers=0) == 6
-    train(_run(store, tmp_path / "cut", tiny), workers=0, stop_after=cut)
-    resumed = _run(store, tmp_path / "cut", tiny)
-    assert resumed.resume() and resumed.step == cut
-    train(resumed, workers=0)
-    for name, weight in whole.trainee.state_dict().items():
-        assert torch.equal(weight, resumed.trainee.state_dict()[name]), name
-    for name, weight in whole.encoder_weights().items():
-        assert torch.equal(weight, resumed.encoder_weights()[name]), name
-
-
 def test_a_checkpoint_of_another_recipe_is_refused(store: Path, tmp_path: Path) -> None:
     _run(store, tmp_path, recipe()).save()
     with pytest.raises(PretrainError, match="another recipe"):
@@ -56,11 +41,43 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(store: Path, tmp_path: 
     with torch.no_grad():
         run.trainee.encoder.norm.weight[0] = math.nan
     before = {name: p.clone() for name, p in run.trainee.named_parameters()}
-    with pytest.raises(NonFiniteLossError, match="step 0: the loss is nan"):
+    with pytest.raises(NonFiniteLossError, match=r"step 0: the loss is nan; .*weights are not finite either"):
         run.train_step(batch_at(Sampler(PixelStore(store), 0.5), run.recipe, 0))
+    assert not run.checkpoint.exists()  # broken weights never replace what was saved
     assert run.step == 0
     for name, p in run.trainee.named_parameters():
         assert torch.equal(p.isnan(), before[name].isnan()) and torch.equal(p.nan_to_num(), before[name].nan_to_num())
+
+
+def test_finite_weights_are_saved_before_a_loss_that_is_not_finite_ends_the_run(store: Path, tmp_path: Path) -> None:
+    run = _run(store, tmp_path, recipe(temperature=1e-45))
+    before = {name: p.clone() for name, p in run.trainee.named_parameters()}
+    with pytest.raises(NonFiniteLossError, match=r"last\.pt holds the state before this step"):
+        train(run, workers=0)
+    kept = torch.load(run.checkpoint, weights_only=True)
+    assert kept["step"] == 0 and all(torch.equal(kept["model"][name], p) for name, p in before.items())
+
+
+class _Falling:
+    """A probe whose accuracy only falls after the second time."""
+
+    def __init__(self) -> None:
+        self.accuracies = iter((0.5, 0.9, 0.8, 0.7, 0.6))
+
+    def accuracy(self, _encoder: object, _weights: object) -> float:
+        return next(self.accuracies)
+
+
+def test_the_probe_stops_the_run_and_its_best_weights_are_the_encoder(store: Path, tmp_path: Path) -> None:
+    tiny = recipe(steps=40, probe_every=2, patience=3)
+    run, told = _run(store, tmp_path / "a", tiny), []
+    assert train(run, workers=0, probe=_Falling(), on_probe=lambda *seen: told.append(seen)) == 10
+    assert told == [(2, 0.5), (4, 0.9), (6, 0.8), (8, 0.7), (10, 0.6)] and run.watch.best_step == 4
+    short = _run(store, tmp_path / "b", tiny)
+    train(short, workers=0, stop_after=4)
+    assert all(torch.equal(w, short.encoder_weights()[name]) for name, w in run.encoder_weights().items())
+    again = _run(store, tmp_path / "a", tiny)
+    assert again.resume() and train(again, workers=0) == 10  # what patience ended stays ended
 
 
 def test_blocks_beyond_the_first_phases_depth_start_as_identities(store: Path, tmp_path: Path) -> None:
