@@ -15,7 +15,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tests.train.pictures import corpus  # noqa: E402
+from tests.train.tiny import encoder, recipe  # noqa: E402
 from train.__main__ import main  # noqa: E402
+from train.data import read_manifest  # noqa: E402
+from train.pretrain import Run  # noqa: E402
+from train.store import PixelStore, build  # noqa: E402
+from train.views import Batch, Sampler, batch_at  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
@@ -26,7 +31,7 @@ cross_entropy_weight = 1.0
 ema_decay = 0.5
 bf16 = false
 [[phases]]
-steps = {steps}
+steps = 100000
 records = 2
 tokens = 4
 depth = 1
@@ -48,14 +53,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpus(tmp_path_factory.mktemp("torchrun") / "data", reals=4, fakes=4)
 
 
-def _torchrun(data: Path, out: Path, steps: int, *more: str) -> subprocess.Popen[str]:
+def _torchrun(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     out.parent.mkdir(parents=True, exist_ok=True)
-    recipe = out.parent / f"{out.name}.toml"
-    recipe.write_text(RECIPE.format(steps=steps))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "-m", "train", "pretrain", "--recipe", str(recipe), "--data", str(data)]
+    toml = out.parent / f"{out.name}.toml"
+    toml.write_text(RECIPE)
+    given = ["--recipe", str(toml), "--data", str(data), "--out", str(out), "--workers", "1", "--checkpoint-every-s", "1"]
+    return _launch("train", "pretrain", *given, *more)
+
+
+def _launch(module: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
     return subprocess.Popen(
-        [*command, "--out", str(out), "--workers", "1", "--checkpoint-every-s", "1", *more],
+        [*command, "--rdzv-endpoint=localhost:0", "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -92,25 +101,31 @@ def _trained(process: subprocess.Popen[str], out: Path) -> None:
         time.sleep(0.1)
 
 
-def test_two_processes_train_to_the_end_and_resume_what_was_cut(data: Path, tmp_path: Path) -> None:
-    for name, arguments in (("whole", ()), ("cut", ("--stop-after", "2"))):
-        code, said = _ended(_torchrun(data, tmp_path / name, 2, *arguments))
-        assert code == 0, said
-    code, said = _ended(_torchrun(data, tmp_path / "cut", 2))
-    assert code == 0 and "resumed at step 2 of 4" in said, said
-    whole, cut = ((tmp_path / name / "encoder.safetensors").read_bytes() for name in ("whole", "cut"))
-    assert whole == cut
-    facts = json.loads((tmp_path / "whole" / "facts.json").read_text())
-    assert "4 of 4, 128 views" in facts["summary"]["steps"]
-    state = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
-    assert state["world_size"] == 2 and state["step"] == 4
-    # Another number of processes would draw other records.
-    recipe = str(tmp_path / "whole.toml")
-    assert main(["pretrain", "--recipe", recipe, "--data", str(data), "--out", str(tmp_path / "whole")]) == 2
+def test_gradients_through_ddp_are_those_of_one_process_with_the_joined_batch(data: Path, tmp_path: Path) -> None:
+    build(read_manifest(data, "train"), tmp_path / "store", lambda rgb: 255 - rgb)
+    code, said = _ended(_launch("tests.train.ddp_gradients", str(tmp_path / "store"), str(tmp_path)))
+    assert code == 0, said
+    run = Run(recipe(depth=1), tmp_path / "store", tmp_path / "one", encoder=encoder())
+    sampler = Sampler(PixelStore(tmp_path / "store"), 0.5)
+    parts = [batch_at(sampler, run.recipe, 0, rank) for rank in (0, 1)]
+    # Views and sides first, records last: joined along the records.
+    patches, index = (
+        torch.cat([x.view(4, 2, 3, *x.shape[1:]) for x in given], dim=2).flatten(0, 2)
+        for given in ([b.patches for b in parts], [b.index for b in parts])
+    )
+    numbers = run.gradients(Batch(patches, index, 6, 0))
+    expected = {name: p.grad for name, p in run.trainee.named_parameters() if p.grad is not None}
+    assert len(expected) > 10 and "encoder.blocks.1.norm1.weight" not in expected
+    for rank in (0, 1):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(got["contrastive"], numbers["contrastive"].detach(), atol=1e-6, rtol=0)
+        assert got["gradients"].keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(got["gradients"][name], gradient, atol=1e-6, rtol=0, msg=name)
 
 
 def test_a_rank_that_dies_ends_the_others_with_one_line(data: Path, tmp_path: Path) -> None:
-    process = _torchrun(data, tmp_path / "run", 100_000)
+    process = _torchrun(data, tmp_path / "run")
     _trained(process, tmp_path / "run")
     os.kill(_ranks(process)[1], signal.SIGKILL)
     code, said = _ended(process)
@@ -120,15 +135,23 @@ def test_a_rank_that_dies_ends_the_others_with_one_line(data: Path, tmp_path: Pa
     assert "[rank0]: Traceback" not in said
 
 
-def test_sigterm_stops_all_ranks_after_the_same_step(data: Path, tmp_path: Path) -> None:
-    process = _torchrun(data, tmp_path / "run", 100_000)
-    _trained(process, tmp_path / "run")
+def test_sigterm_stops_all_ranks_after_the_same_step_and_the_run_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    process = _torchrun(data, cut)
+    _trained(process, cut)
     for pid in _ranks(process):
         os.kill(pid, signal.SIGTERM)
     code, said = _ended(process)
     assert code == 0, said
-    assert f"encoder.safetensors: the averaged encoder after {_step(tmp_path / 'run')} steps" in said
-
-
-def _step(out: Path) -> int:
-    return int(torch.load(out / "last.pt", weights_only=True)["step"])
+    state = torch.load(cut / "last.pt", weights_only=True)
+    step = int(state["step"])
+    assert f"encoder.safetensors: the averaged encoder after {step} steps" in said and state["world_size"] == 2
+    for out in (cut, whole):
+        code, said = _ended(_torchrun(data, out, "--stop-after", str(step + 2)))
+        assert code == 0, said
+        assert (f"resumed at step {step} of" in said) == (out == cut)
+    assert (whole / "encoder.safetensors").read_bytes() == (cut / "encoder.safetensors").read_bytes()
+    facts = json.loads((whole / "facts.json").read_text())
+    assert f"{step + 2} of 100002, {(step + 2) * 2 * 2 * 8} views" in facts["summary"]["steps"]
+    # Another number of processes would draw other records.
+    assert main(["pretrain", "--recipe", str(tmp_path / "whole.toml"), "--data", str(data), "--out", str(whole)]) == 2
