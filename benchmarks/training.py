@@ -2,10 +2,11 @@
 
     python -m benchmarks.training [--data FOLDER] [--device cpu] [--tokens 196] [--records 4] [--workers 1] [--seconds 20]
 
-`bare` is forward and backward of the recipe's loss on one batch that already lies on the device: no loader, no copy, no optimiser,
-no average. `step` adds copy, clipping, optimiser and average. `loader` takes batches and drops them. `whole` is
-`train.pretrain.train` as it ships. Every kind of input is measured against the same bare step: decoded images (`store`), shards as they lie (`shards`),
-crops augmented beforehand (`pool`); on CUDA also views computed on the device (`device`). Turns alternate, so that all see the
+`bare` is forward and backward of the recipe's loss on one batch that already lies on the device: no loader, no copy, no
+optimiser, no average. `step` adds copy, clipping, optimiser and average. `loader` takes batches and drops them. `whole` is
+`train.pretrain.train` as it ships. Every kind of input is measured against the same bare step: decoded images (`store`),
+shards as they lie (`shards`), crops augmented beforehand (`pool`); on CUDA also views computed on the device (`device`).
+Turns alternate, so that all see the
 same load; a figure is the median over turns, a ratio the median of the turns' ratios. Beside views a second of the clock stand
 milliseconds of processor time a view, of the training process and of a loader process: on a shared machine they are the steadier.
 Results go to benchmarks/results/training-<device>.json.

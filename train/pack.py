@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments, without --data and --out."""
     parser.add_argument("--split", default="train")
     parser.add_argument("--records", type=at_least(1), default=1000, help="records a shard")
-    parser.add_argument("--autoencoder", type=Path, help="folder of the tiny autoencoder: reals get their aligned fakes")
+    parser.add_argument("--autoencoder", type=Path, help="folder of an autoencoder: reals get their aligned fakes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,15 +23,16 @@ def run(args: argparse.Namespace) -> int:
     from train.data import read_manifest, write_shards
 
     entries = read_manifest(args.data, args.split)
-    shards, damage = write_shards(entries, args.out, args.records, aligned_maker(args.autoencoder))
+    shards, damage = write_shards(entries, args.out, args.records, aligned_maker(args.autoencoder, args.out))
     print(f"{len(shards)} shards in {args.out}; {damage}")
     return 0
 
 
-def aligned_maker(autoencoder: Path | None) -> Callable[[bytes], bytes] | None:
+def aligned_maker(autoencoder: Path | None, out: Path) -> Callable[[bytes], bytes] | None:
     """A real image's bytes -> its aligned fake as a file: a JPEG with the original's own tables, else a PNG.
 
-    Raises ImageError where the bytes cannot be decoded.
+    Reconstructions are
+    remembered in a folder of `out`. Raises AlignedError; what it returns raises ImageError where bytes cannot be decoded.
     """
     if autoencoder is None:
         return None
@@ -39,14 +40,14 @@ def aligned_maker(autoencoder: Path | None) -> Callable[[bytes], bytes] | None:
     from PIL import Image
 
     from engine.images import read
-    from train.aligned import TinyAutoencoder
+    from train.aligned import reconstruction
     from train.store import LIMITS, tables_of
 
-    model = TinyAutoencoder(autoencoder)
+    reconstruct = reconstruction(autoencoder, out)
 
     def make(data: bytes) -> bytes:
         decoded = read(data, LIMITS)
-        fake = Image.fromarray(model.reconstruct(np.asarray(decoded.frames[0])))
+        fake = Image.fromarray(reconstruct(np.asarray(decoded.frames[0])))
         tables = tables_of(data) if decoded.format == "JPEG" else None
         parameters: dict[str, Any] = {"format": "PNG"}
         if tables is not None:

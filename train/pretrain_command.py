@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments, without --data and --out."""
     parser.add_argument("--recipe", type=Path, required=True, help="TOML file, e.g. train/recipes/cpu-tiny.toml")
     parser.add_argument(
-        "--autoencoder", type=Path, help="folder of the tiny autoencoder, for aligned fakes; default: upsampling artefacts"
+        "--autoencoder", type=Path, help="folder of an autoencoder, for aligned fakes; default: upsampling artefacts"
     )
     parser.add_argument(
         "--held-out", type=Path, help="images of the early stop: a folder with a manifest, or shards; default: --data's val"
@@ -60,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, recipe: Recipe, ranks: Ranks) -> None:
     from train import stages
+    from train.aligned import reconstruction
     from train.pretrain import Run, train
     from train.progress import display
     from train.training_data import prepare, prepared_folder
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace, recipe: Recipe, ranks: Ranks) -> None:
     first = ranks.rank == 0
     facts: dict[str, Any] = {}
     if first:
-        facts = prepare(args.data, args.out, recipe, lambda: _reconstruction(args), say)
+        facts = prepare(args.data, args.out, recipe, lambda: reconstruction(args.autoencoder, args.out), say)
     ranks.barrier()
     start = stages.encoder_module(args.start) if args.start else None
     run = Run(recipe, prepared_folder(args.data, args.out), args.out, encoder=start, ranks=ranks)
@@ -134,16 +134,6 @@ def _export(args: argparse.Namespace, run: Run, facts: dict[str, Any]) -> None:
         else f"the averaged encoder after {run.step} steps"
     )
     say(f"{args.out / stages.ENCODER_FILE}: {which}")
-
-
-def _reconstruction(args: argparse.Namespace) -> Callable[[Any], Any]:
-    import numpy as np
-
-    from train.aligned import ReconstructionCache, TinyAutoencoder, upsampled
-
-    if args.autoencoder is not None:
-        return ReconstructionCache(args.out / "aligned", TinyAutoencoder(args.autoencoder).reconstruct)
-    return ReconstructionCache(args.out / "upsampled", lambda rgb: upsampled(rgb, np.random.default_rng(int(rgb.sum()))))
 
 
 def _command(args: argparse.Namespace, stopped_at: int | None) -> str:
