@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     refresh_commands.add_label_sources(six)
     _out(six)
     pack.add_arguments(six)
-    six.set_defaults(run=pack.run)
+    six.set_defaults(run=_pack)
     refresh_commands.add(commands, _Parser)
     return parser
 
@@ -257,6 +257,14 @@ def _promote(args: argparse.Namespace) -> int:
         return NOT_PROMOTED
     _say(f"{published}: promoted")
     return DONE
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from train import refresh_commands
+
+    if args.from_labels == (args.data is not None):
+        _parser().error("pack needs either --data or --from-labels")
+    return refresh_commands.pack(args) if args.from_labels else pack.run(args)
 
 
 def _leave(code: int) -> NoReturn:
