@@ -43,7 +43,6 @@ REFUSALS = (
     kafka_errors.AuthorizationError,
     kafka_errors.SaslAuthenticationFailedError,
     kafka_errors.UnsupportedVersionError,
-    kafka_errors.FencedInstanceIdError,
     kafka_errors.UnsupportedCompressionTypeError,
     kafka_errors.InvalidTopicError,
     kafka_errors.InvalidRecordError,
@@ -85,7 +84,8 @@ class CommitUnknown(Exception):  # noqa: N818 - a state of knowledge, not an err
 
 def fate(error: Exception) -> Fate:
     """What to do about a foreign error of a transactional call or of a record sent in a transaction."""
-    if isinstance(error, kafka_errors.CommitFailedError):
+    if isinstance(error, (kafka_errors.CommitFailedError, kafka_errors.FencedInstanceIdError)):
+        # A static member that has just joined anew is fenced by itself; by another, its consumer ends the worker.
         return Fate.GROUP
     if isinstance(error, (kafka_errors.ProducerFencedError, kafka_errors.InvalidProducerEpochError)):
         return Fate.FENCED

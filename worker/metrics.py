@@ -75,7 +75,9 @@ class Metrics:
 
         # --- also -------------------------------------------------------------------------------------------------------
         self.build_info = _gauge("build_info", "1 for the version that runs.", registry, "version")
-        self.events_duplicate = _counter("events_duplicate", "Events read again after a rebalance or restart.", registry)
+        self.events_duplicate = _counter(
+            "events_duplicate", "Events given up in mid-work with their partition: its next owner works on them again.", registry
+        )
         self.events_stale = _counter("events_stale", "Results dropped because their partition had been revoked.", registry)
         self.transactions = _counter("transactions", "exactly_once: transactions ended: committed, aborted.", registry, "outcome")
         self.transaction_seconds = _histogram(

@@ -23,6 +23,11 @@ def group_moved_on(producer: FakeTransactionalProducer) -> None:
     raise kafka_errors.CommitFailedError("consumer group metadata mismatch")
 
 
+def fenced_by_itself(producer: FakeTransactionalProducer) -> None:
+    """A static member that was away has joined again, and has another member id than the one the offsets name."""
+    raise kafka_errors.FencedInstanceIdError
+
+
 def fenced(producer: FakeTransactionalProducer) -> None:
     """Another producer has the id, or the transaction was too old."""
     raise kafka_errors.ProducerFencedError

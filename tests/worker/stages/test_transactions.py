@@ -147,7 +147,7 @@ def test_all_outputs_of_a_record_go_in_one_transaction(bench: Make) -> None:
     assert topics == ["image.uploads.dead", "image.verdicts", "image.verdicts"]
 
 
-@pytest.mark.parametrize("fault", [fake.group_moved_on, fake.trouble, fake.lost_request, fake.lost_answer])
+@pytest.mark.parametrize("fault", [fake.group_moved_on, fake.fenced_by_itself, fake.trouble, fake.lost_request, fake.lost_answer])
 @pytest.mark.parametrize("times", [1, 3])
 def test_what_failed_is_done_again_and_visible_once(bench: Make, fault: Fault, times: int) -> None:
     one = bench()
@@ -316,7 +316,6 @@ def test_a_transaction_that_grew_too_old_is_done_again(
     [
         kafka_errors.TopicAuthorizationFailedError("image.verdicts"),
         kafka_errors.GroupAuthorizationFailedError("code-worker"),
-        kafka_errors.FencedInstanceIdError(),
         kafka_errors.PolicyViolationError(),
     ],
 )
