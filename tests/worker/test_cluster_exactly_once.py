@@ -139,21 +139,20 @@ def test_a_transaction_timeout_the_broker_does_not_allow_is_named(three: KafkaCl
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seconds", [10, 70])
-def test_all_brokers_gone_for_a_while(three: KafkaCluster, seconds: int) -> None:
+@pytest.mark.parametrize("how", ["kill", "pause"])
+def test_the_broker_is_gone_for_a_while(secure: KafkaCluster, seconds: int, how: str) -> None:
     """Shorter and longer than the transaction timeout: recovery without a restart by hand, nothing lost or doubled."""
-    settings = prepare(settings_for(three, request_timeout_ms=10_000))
+    settings = prepare(settings_for(secure, request_timeout_ms=10_000))
     total = 3_000
     produce(settings, settings.upload_topics[0], values(total))
     one = WholeMember(settings).start()
     until(lambda: len(one.done) > total / 4, lambda: time.sleep(0.05), 60)
-    for verb, node in (("pause", "3"), ("kill", "1"), ("kill", "2")):
-        three.run(verb, node)
+    secure.run(how, "1")
     time.sleep(seconds)
-    for verb, node in (("resume", "3"), ("restart", "1"), ("restart", "2")):  # one alone would wait for the others to listen
-        three.run(verb, node)
-    until(lambda: len(one.done) == total or one.error is not None, lambda: time.sleep(0.1), 240)
+    secure.run("restart" if how == "kill" else "resume", "1")
+    until(lambda: len(one.done) == total or one.error is not None, lambda: time.sleep(0.1), 300)
     one.stop()
     check_books(settings, total)
 
