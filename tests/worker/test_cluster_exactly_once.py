@@ -11,6 +11,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from tests.conftest import KafkaCluster, unique_settings
 from tests.worker.kafka_topics import committed, prepare, produce, until
 from tests.worker.stages.test_consume import values
+from tests.worker.test_cluster import secure_settings
 from tests.worker.whole_member import WholeMember, visible
 from worker.clock import Deadline
 from worker.errors import ConfigurationError, DependencyError
@@ -174,6 +175,15 @@ def test_the_coordinator_hangs_while_a_commit_waits(three: KafkaCluster) -> None
     until(lambda: len(one.done) == total or one.error is not None, lambda: time.sleep(0.1), 240)
     one.stop()
     check_books(settings, total)
+
+
+def test_over_tls_and_scram(secure: KafkaCluster) -> None:
+    settings = prepare(secure_settings(secure, delivery="exactly_once"))
+    produce(settings, settings.upload_topics[0], values(30))
+    one = WholeMember(settings).start()
+    until(lambda: len(one.done) == 30 or one.error is not None, lambda: time.sleep(0.05), 60)
+    one.stop()
+    check_books(settings, 30)
 
 
 def test_an_output_of_an_ended_tenure_is_not_published(three: KafkaCluster) -> None:
