@@ -29,11 +29,12 @@ from worker.clock import Clock
 from worker.delays import DelayQueue
 from worker.envelopes import open_retry
 from worker.errors import Code, DependencyError, ItemError, StaleItemError, TransientItemError
-from worker.items import Decoded, Delivery, Event, Fetched, Item, Position, Record, Scored, Scores, Timings
+from worker.items import Decoded, Delivery, Fetched, Item, Record, Scored, Scores, Timings
 from worker.lanes import Closed, Lanes
 from worker.ledger import Ledger, Partition
 from worker.metrics import Metrics
-from worker.outcomes import Delayed, Engine, Failed, Flight, Inferred, Outcome, Postponed, Receipts, Waiting
+from worker.outcomes import Delayed, Engine, Failed, Flight, Inferred, Outcome, Postponed, Waiting
+from worker.outlet import Outlet
 from worker.settings import Settings
 from worker.stages.cache import CachedScore, ScoreCache
 from worker.stages.circuit import DeadLetterCircuit
@@ -43,7 +44,7 @@ from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
 from worker.stages.publish_records import RecordWriter
 from worker.stages.single_flight import SingleFlight
-from worker.tracing import Attributes, NoTraces, Tracer
+from worker.tracing import NoTraces, Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -89,7 +90,6 @@ class Pipeline:
         tracer: Tracer | None = None,
     ) -> None:
         """`on_room` is told, from any thread, when an event has left and another may be read."""
-        self._on_room = on_room
         self._tracer = tracer or NoTraces()
         self._settings = settings
         self._metrics = metrics
@@ -101,6 +101,9 @@ class Pipeline:
         self._to_cache: queue.SimpleQueue[list[Fetched] | Fetched | CachedScore | None] = queue.SimpleQueue()
         self._to_decode: Lanes[tuple[Fetched, Flight]] = Lanes(levels)
         self._to_publish: queue.SimpleQueue[list[Scored] | Outcome | None] = queue.SimpleQueue()
+        self._outlet = Outlet(
+            stages.ledger, stages.budget, stages.policy, stages.publisher, stages.circuit, metrics, clock, self._tracer, on_room
+        )
         self._flights: SingleFlight[Flight, Item] = SingleFlight()
         self._limits = contracts.EventLimits(
             max_image_bytes=settings.fetch.max_bytes, max_event_bytes=settings.kafka.max_record_bytes
@@ -215,7 +218,7 @@ class Pipeline:
                 item = self._to_fetch.get()
             except Closed:
                 return
-            if not self._drop_if_stale(item.record) and (fetched := self._fetch(item)) is not None:
+            if not self._outlet.drop_if_stale(item.record) and (fetched := self._fetch(item)) is not None:
                 self._to_cache.put(fetched)
 
     def _fetch(self, item: Item) -> Fetched | None:
@@ -384,143 +387,27 @@ class Pipeline:
                     case Inferred():
                         self._land(outcome)
                     case Scored():
-                        self._publish_scored(outcome)
+                        self._outlet.scored(outcome)
                     case Failed():
-                        self._publish_failed(outcome)
+                        self._outlet.failed(outcome, self._engine.model)
                     case Postponed():
-                        self._publish_retry(outcome)
+                        self._outlet.postponed(outcome)
 
     def _land(self, inferred: Inferred) -> None:
         """The scores of one image go to its event, to the cache, and to every identical image that waited."""
         waiting, engine = inferred.waiting, inferred.engine
         image = engine.detector.combine(inferred.probabilities, waiting.crops_per_frame)
         scores = Scores(heads=image.heads, crops=image.crops)
-        self._publish_scored(Scored(waiting.item, waiting.info, scores, engine.model, cache_hit=False))
+        self._outlet.scored(Scored(waiting.item, waiting.info, scores, engine.model, cache_hit=False))
         self._to_cache.put(CachedScore.of(engine.scope, waiting.info, scores))
         for item in self._flights.done(waiting.flight):
             self._metrics.shared_inferences.inc()
-            self._publish_scored(Scored(item, waiting.info, scores, engine.model, cache_hit=True))
+            self._outlet.scored(Scored(item, waiting.info, scores, engine.model, cache_hit=True))
 
     def _land_failed(self, leader: Item, flight: Flight, error: ItemError) -> None:
         """The same bytes fail the same way: identical images that waited share the leader's error."""
         for item in (leader, *self._flights.done(flight)):
             self._to_publish.put(_failed(item, error, flight.sha256))
-
-    def _publish_scored(self, scored: Scored) -> None:
-        item = scored.item
-        if self._drop_if_stale(item.record):
-            return
-        self._stages.circuit.succeeded()
-        verdict = contracts.build_verdict(
-            event=item.event,
-            source=item.delivery.origin or item.record.position,
-            model=scored.model,
-            decision=self._stages.policy.decide(scored.scores, item.event.tenant, scored.model),
-            processed_at=self._clock.time(),
-            scores=scored.scores,
-            image=scored.info,
-            cache_hit=scored.cache_hit,
-            timings=item.timings,
-            finished=self._clock.monotonic(),
-        )
-        source = "cache" if scored.cache_hit else "engine"
-        self._send_verdict(verdict, item.record, item.event, source, self._receipts(item.record, 1), item.timings)
-
-    def _publish_failed(self, failed: Failed) -> None:
-        """The dead letter, and the verdict where the event has an id: finished when the broker has both."""
-        record, event = failed.record, failed.event
-        if self._drop_if_stale(record):
-            return
-        receipts = self._receipts(record, 1 if event is None else 2)
-        code = failed.error.code
-        self._stages.circuit.failed(code)
-
-        def buried() -> None:
-            self._metrics.dead_letters.labels(code.value).inc()
-            receipts()
-
-        self._stages.publisher.dead_letter(record, code, failed.error.message, failed.delivery, buried, receipts)
-        if event is None:
-            return
-        verdict = contracts.build_verdict(
-            event=event,
-            source=failed.delivery.origin or record.position,
-            model=self._engine.model,
-            decision=self._stages.policy.undetermined(event.tenant),
-            processed_at=self._clock.time(),
-            sha256=failed.sha256,
-            reason=code,
-            timings=failed.timings,
-            finished=self._clock.monotonic(),
-        )
-        self._send_verdict(verdict, record, event, "failure", receipts, failed.timings)
-
-    def _publish_retry(self, postponed: Postponed) -> None:
-        record = postponed.item.record
-        if self._drop_if_stale(record):
-            return
-        receipts = self._receipts(record, 1)
-        item, code = postponed.item, postponed.error.code
-        sent = self._clock.monotonic()
-
-        def acknowledged() -> None:
-            self._trace(record, item.event, item.timings, sent, {"code.outcome": "retry"}, code.value)
-            receipts()
-
-        self._stages.publisher.retry(record, item.delivery, postponed.delay_s, code, acknowledged, receipts)
-
-    def _send_verdict(
-        self, verdict: contracts.Verdict, record: Record, event: Event, source: str, receipts: Receipts, timings: Timings | None
-    ) -> None:
-        sent = self._clock.monotonic()
-        outcome: Attributes = {
-            "code.outcome": source,
-            "code.label": verdict.label,
-            "code.action": verdict.action,
-            "code.model.version": verdict.model.version,
-        }
-        uploaded_at = event.uploaded_at if event.uploaded_at is not None else record.timestamp_ms / 1000
-
-        def acknowledged() -> None:
-            self._metrics.verdicts.labels(verdict.label, verdict.action, source).inc()
-            self._metrics.event_age.observe(max(0.0, self._clock.time() - uploaded_at))
-            self._trace(record, event, timings, sent, outcome, verdict.reason)
-            receipts()
-
-        headers = contracts.verdict_headers(verdict, event.traceparent)
-        self._stages.publisher.verdict(verdict.to_json(), event.event_id, headers, acknowledged, receipts)
-
-    def _trace(
-        self, record: Record, event: Event, timings: Timings | None, sent: float, outcome: Attributes, error: str | None
-    ) -> None:
-        if timings is not None and timings.spans is not None:
-            timings.span("publish", sent, self._clock.monotonic())
-            self._tracer.finish(record, event, timings, outcome, error)
-
-    # -- the end of an event -------------------------------------------------------------------------------------
-
-    def _is_current(self, position: Position) -> bool:
-        return self._stages.ledger.current(position)
-
-    def _receipts(self, record: Record, outputs: int) -> Receipts:
-        return Receipts(outputs, lambda: self._settle(record), record.position, lambda: self._drop(record))
-
-    def _drop_if_stale(self, record: Record) -> bool:
-        if self._is_current(record.position):
-            return False
-        self._drop(record)
-        return True
-
-    def _drop(self, record: Record) -> None:
-        self._metrics.events_stale.inc()
-        self._settle(record, counted=False)
-
-    def _settle(self, record: Record, *, counted: bool = True) -> None:
-        """Take a record out of the books; called once for each, from the thread that saw its end."""
-        if counted:
-            self._stages.ledger.finish(record.position)
-        self._stages.budget.refund(record.size_bytes)
-        self._on_room()
 
 
 def _attempted(error: ItemError) -> bool:
