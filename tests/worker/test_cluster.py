@@ -24,7 +24,7 @@ from worker.settings import KafkaSettings
 from worker.stages import consume
 from worker.stages.publish import Publisher
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300, func_only=True)]
 
 
 def settings_for(cluster: KafkaCluster, **overrides: object) -> KafkaSettings:

@@ -23,7 +23,7 @@ from worker.outcomes import Receipts
 from worker.settings import KafkaSettings
 from worker.stages.transactions import TransactionalPublisher
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(300, func_only=True)]
 
 
 def settings_for(cluster: KafkaCluster, **overrides: object) -> KafkaSettings:
