@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import batcher_simulated, decode, pipeline
+from benchmarks import batcher_simulated, decode, pipeline, shapes
 
-PARTS = ("decode", "pipeline", "batcher")
+PARTS = ("decode", "pipeline", "shapes", "batcher")
 
 
 def _rows(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -44,6 +44,8 @@ def main() -> None:
         _show("decode", decode.main())
     if "pipeline" in parts:
         _show("pipeline", pipeline.main(arguments.events, arguments.seconds))
+    if "shapes" in parts:
+        _show("shapes", shapes.main(arguments.events))
     if "batcher" in parts:
         figures = batcher_simulated.main(pace=0.5)
         _show("batcher, against a simulated device", {key: value for key, value in figures.items() if key != "loads"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -40,7 +41,15 @@ class NullLoader(EngineLoader):
         """Never."""
 
 
+def _take_a_core(number: int) -> None:
+    """Stay on one core, with the decoders."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
 if __name__ == "__main__":
+    if "--core" in sys.argv:
+        _take_a_core(int(os.environ["BENCHMARK_WORKER"]))
     loaded = settings.load()
     log.configure(loaded.log)
     sys.exit(App(loaded, loader=NullLoader).run())

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ import psutil
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from PIL import Image
 
-from benchmarks import record
+from benchmarks import decode, record
 from engine import images
 from engine.detector import Detector
 from worker.clock import Deadline
 from worker.embedded import EmbeddedBroker, EmbeddedCache
-from worker.kafka_clients import ensure_topics
+from worker.kafka_clients import ensure_topics, open_admin
 from worker.settings import KafkaSettings
 
 SIDE_PX = 512
@@ -61,6 +61,15 @@ def bare_decode(pictures: list[bytes]) -> dict[str, float]:
     return {"cpu_s_per_1000": (time.process_time() - started) / len(pictures) * 1000}
 
 
+def bare_pillow(pictures: list[bytes]) -> dict[str, float]:
+    """CPU seconds per 1,000 images of a whole decode by Pillow and a crop, in this process."""
+    decode.pillow(pictures[0])
+    started = time.process_time()
+    for picture in pictures:
+        decode.pillow(picture)
+    return {"cpu_s_per_1000": (time.process_time() - started) / len(pictures) * 1000}
+
+
 def bare_detector(pictures: list[bytes], seconds: float) -> dict[str, Any]:
     """Images a second of the detector alone over full batches of the same images' crops."""
     limits = images.Limits(max_pixels=64_000_000, max_frames=4)
@@ -87,20 +96,35 @@ def detector_on_files(pictures: list[bytes]) -> dict[str, float]:
         return {"images_per_s": count / (time.perf_counter() - started)}
 
 
-def path(pictures: list[bytes], module: str, warm_up: int) -> dict[str, Any]:
-    """Events a second and CPU by stage of a worker process over these images, after `warm_up` of them."""
-    with tempfile.TemporaryDirectory() as scratch, EmbeddedBroker() as broker, EmbeddedCache() as cache:
-        _create_topics(broker.bootstrap)
+def path(
+    pictures: list[bytes],
+    module: str,
+    warm_up: int,
+    processes: int = 1,
+    partitions: int | None = None,
+    settings: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Events a second and CPU by stage of worker processes over these images, after `warm_up` of them.
+
+    `partitions` of the upload topic: the broker's default where none are given. `settings`: environment of the workers.
+    """
+    with tempfile.TemporaryDirectory() as scratch, EmbeddedBroker() as broker, EmbeddedCache() as cache, ExitStack() as stack:
+        _create_topics(broker.bootstrap, partitions)
         _produce(pictures, broker.bootstrap)  # before the worker starts: a producer must not share its cores
-        with _worker(module, broker, cache, Path(scratch)) as process:
-            verdicts = _Verdicts(broker.bootstrap)
-            seen = verdicts.wait(warm_up, process)
-            before, wall = _cpu_by_stage(process), time.perf_counter()
-            verdicts.wait(len(pictures), process)
-            wall = time.perf_counter() - wall
-            after = _cpu_by_stage(process)
-            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            resident = sum(member.memory_info().rss for member in family)
+        workers = [
+            stack.enter_context(
+                _worker(module, broker, cache, Path(scratch, str(number)), {**(settings or {}), "BENCHMARK_WORKER": str(number)})
+            )
+            for number in range(processes)
+        ]
+        verdicts = _Verdicts(broker.bootstrap)
+        seen = verdicts.wait(warm_up, workers)
+        before, wall = _cpu_by_stage(workers), time.perf_counter()
+        verdicts.wait(len(pictures), workers)
+        wall = time.perf_counter() - wall
+        after = _cpu_by_stage(workers)
+        families = [psutil.Process(worker.pid) for worker in workers]
+        resident = sum(m.memory_info().rss for family in families for m in (family, *family.children(recursive=True)))
     events = len(pictures) - seen
     stages = {name: (after[name] - before.get(name, 0.0)) / events * 1000 for name in sorted(after)}
     return {
@@ -113,7 +137,9 @@ def path(pictures: list[bytes], module: str, warm_up: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _worker(module: str, broker: EmbeddedBroker, cache: EmbeddedCache, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _worker(
+    module: str, broker: EmbeddedBroker, cache: EmbeddedCache, scratch: Path, settings: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
     environment |= {
         "WORKER_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap,
@@ -122,7 +148,9 @@ def _worker(module: str, broker: EmbeddedBroker, cache: EmbeddedCache, scratch: 
         "WORKER_CACHE__URL": cache.url,
         "WORKER_HTTP__PORT": "0",
         "WORKER_LOG__LEVEL": "WARNING",
+        **settings,
     }
+    scratch.mkdir(exist_ok=True)
     with (scratch / "worker.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", *module.split()], env=environment, stderr=log)
     try:
@@ -133,8 +161,11 @@ def _worker(module: str, broker: EmbeddedBroker, cache: EmbeddedCache, scratch: 
         sys.stderr.write((scratch / "worker.log").read_text()[-2000:])
 
 
-def _create_topics(bootstrap: str) -> None:
+def _create_topics(bootstrap: str, partitions: int | None) -> None:
     settings = KafkaSettings(bootstrap_servers=(bootstrap,), create_topics=True)
+    if partitions is not None:
+        with closing(open_admin(settings)) as admin:
+            admin.create_topics({settings.upload_topics[0]: {"num_partitions": partitions, "replication_factor": 1}})
     ensure_topics(settings, Deadline(60))
 
 
@@ -157,7 +188,7 @@ class _Verdicts:
         )
         self._seen = 0
 
-    def wait(self, count: int, process: subprocess.Popen[bytes]) -> int:
+    def wait(self, count: int, workers: list[subprocess.Popen[bytes]]) -> int:
         """Until `count` verdicts were seen, none of them of a failure. Returns how many were."""
         deadline = time.monotonic() + 600
         while self._seen < count:
@@ -166,23 +197,28 @@ class _Verdicts:
                 failed = [verdict for r in records if (verdict := json.loads(r.value))["reason"] is not None]
                 if failed:
                     raise SystemExit(f"an event failed: {failed[0]['reason']}")
-            if process.poll() is not None or time.monotonic() > deadline:
+            if any(worker.poll() is not None for worker in workers) or time.monotonic() > deadline:
                 raise SystemExit(f"the worker ended or stalled at {self._seen} of {count} verdicts")
         return self._seen
 
 
-def _cpu_by_stage(process: subprocess.Popen[bytes]) -> dict[str, float]:
-    """CPU seconds by thread name without its number, and of the decoder processes."""
+def _cpu_by_stage(workers: list[subprocess.Popen[bytes]]) -> dict[str, float]:
+    """CPU seconds by thread name without its number, and of the decoder processes.
+
+    `main` is the thread that reads; `kafka clients` are the client's own threads and the few others without a name.
+    """
     tick = os.sysconf("SC_CLK_TCK")
     seconds: dict[str, float] = defaultdict(float)
-    for task in Path(f"/proc/{process.pid}/task").iterdir():
-        fields = (task / "stat").read_text()
-        name = fields[fields.index("(") + 1 : fields.rindex(")")].rstrip("0123456789").rstrip("-_")
-        times = fields[fields.rindex(")") + 2 :].split()
-        seconds[name] += (int(times[11]) + int(times[12])) / tick
-    for child in psutil.Process(process.pid).children(recursive=True):
-        used = child.cpu_times()
-        seconds["decoder processes"] += used.user + used.system
+    for worker in workers:
+        for task in Path(f"/proc/{worker.pid}/task").iterdir():
+            fields = (task / "stat").read_text()
+            name = fields[fields.index("(") + 1 : fields.rindex(")")].rstrip("0123456789").rstrip("-_")
+            name = "main" if task.name == str(worker.pid) else "kafka clients" if name.startswith("python") else name
+            times = fields[fields.rindex(")") + 2 :].split()
+            seconds[name] += (int(times[11]) + int(times[12])) / tick
+        for child in psutil.Process(worker.pid).children(recursive=True):
+            used = child.cpu_times()
+            seconds["decoder processes"] += used.user + used.system
     return dict(seconds)
 
 
@@ -195,6 +231,7 @@ def main(events: int, seconds: float) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "picture": f"{SIDE_PX}x{SIDE_PX} JPEG, {len(pictures[0]) // 1024} KiB, inline",
         "bare_decode": bare_decode(pictures[:500]),
+        "bare_pillow": bare_pillow(pictures[:500]),
         "null_engine": path(pictures, "benchmarks.null_worker", warm_up=events // 5),
         "real_engine": path(some, "worker run", warm_up=100),
     }
@@ -206,5 +243,6 @@ def main(events: int, seconds: float) -> dict[str, Any]:
     figures["path_over_detector_on_files"] = rate / figures["detector_on_files"]["images_per_s"]
     figures["path_over_bare_detector"] = rate / figures["bare_detector"]["images_per_s"]
     figures["path_over_decode_cpu"] = figures["null_engine"]["cpu_s_per_1000"] / figures["bare_decode"]["cpu_s_per_1000"]
+    figures["path_over_pillow_cpu"] = figures["null_engine"]["cpu_s_per_1000"] / figures["bare_pillow"]["cpu_s_per_1000"]
     record.write("pipeline", figures)
     return figures
