@@ -239,11 +239,22 @@ def files(settings: FetchSettings) -> list[Finding]:
     return [Finding(PROBLEM, "files", f"{name}: {root} is no folder") for root in settings.file_roots if not root.is_dir()]
 
 
+def decoding() -> Finding:
+    """Whether JPEGs are decoded where they are looked at only."""
+    from engine import jpeg_region
+
+    library = jpeg_region.library()
+    if library is None:
+        return Finding(NOTE, "decode", "JPEGs are decoded whole, which takes longer; see docs/images.md for what is missing")
+    return Finding(OK, "decode", f"regions of JPEGs by {library.rpartition('/')[2]}")
+
+
 def model(settings: Settings) -> Iterator[Finding]:
     """Policy, bundle and engine, as far as each lets the next be tried; yields as it goes, since an engine may compile."""
     from engine import bundle as bundles
     from worker.stages.policy import PolicyKeeper
 
+    yield decoding()
     policy = None
     try:
         policy = PolicyKeeper(settings.policy, Metrics())

@@ -165,6 +165,15 @@ def test_a_probe_that_never_returns_is_given_up(monkeypatch: pytest.MonkeyPatch,
     assert report.of("cache", "note")
 
 
+@pytest.mark.parametrize(("library", "level"), [("/site/pillow.libs/libjpeg-1.so", "ok"), (None, "note")])
+def test_the_region_decoder_is_told(monkeypatch: pytest.MonkeyPatch, library: str | None, level: str) -> None:
+    monkeypatch.setattr("engine.jpeg_region.library", lambda: library)
+    finding = probes.decoding()
+    assert (finding.level, finding.subject) == (level, "decode")
+    assert ("libjpeg-1.so" in finding.message) is (library is not None)
+    assert "/site" not in finding.message
+
+
 def test_a_probe_that_stumbles_is_a_finding(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     def stumbles(*_: Any) -> list[probes.Finding]:
         raise RuntimeError(f"at\nredis://:{PASSWORD}@h")
