@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from engine.backends.base import Backend, BackendUnavailable
 from engine.bundle import Bundle
 
 AUTO_ORDER = ("tensorrt", "tensorrt_rtx", "openvino", "torch")
-"""What `auto` tries, in this order."""
+"""What `auto` tries, in this order; but torch on CUDA comes before OpenVINO where there is an NVIDIA device."""
+
+_NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # on Linux, and in WSL
 
 _FOR_ANY = {"plan_cache", "batch_sizes"}
 """Options that may be given to any backend; those that compile nothing ahead do not look at them."""
@@ -28,7 +31,7 @@ def create(name: str = "auto", device: str = "auto", threads: int = 0, **options
     """A backend that can run here, not loaded yet.
 
     Args:
-        name: a backend's name, or auto for the first of `AUTO_ORDER` whose packages and device are there.
+        name: a backend's name, or auto for the first of `AUTO_ORDER` whose packages and device are there, a GPU before the CPU.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads; 0: one per usable core.
         options: further keyword arguments of the backend's class, for callers that name it (`precision`, `plan_cache`);
@@ -69,13 +72,21 @@ def _candidates(name: str, device: str, threads: int, options: dict[str, Any], r
     kind, _, index = device.partition(":")
     if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise ValueError(f"unknown device {device!r}; known are auto, cpu, cuda and cuda:N")
-    for candidate in AUTO_ORDER if name == "auto" else (name,):
+    for candidate, where in _auto_order(device) if name == "auto" else ((name, device),):
         try:
-            backend = _construct(candidate, device, threads, options, strict=name != "auto")
+            backend = _construct(candidate, where, threads, options, strict=name != "auto")
         except BackendUnavailable as error:
             refused.append(f"{candidate}: {error}")
         else:
             yield backend
+
+
+def _auto_order(device: str) -> list[tuple[str, str]]:
+    """Backends and the device each is to take: a GPU before the CPU. Without one, torch is not even imported before OpenVINO."""
+    order = [(name, device) for name in AUTO_ORDER]
+    if device == "auto" and any(Path(file).exists() for file in _NVIDIA_DEVICES):
+        order.insert(AUTO_ORDER.index("openvino"), ("torch", "cuda"))
+    return order
 
 
 def _construct(name: str, device: str, threads: int, options: dict[str, Any], strict: bool) -> Backend:

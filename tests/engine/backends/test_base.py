@@ -185,6 +185,30 @@ def test_auto_takes_the_first_that_runs(fakes: dict[str, type[CheckedBackend] | 
     assert create().name == "tensorrt"
 
 
+def test_auto_takes_a_gpu_before_the_cpu(
+    fakes: dict[str, type[CheckedBackend] | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Torch(Recorder):
+        def __init__(self, device: str, threads: int) -> None:
+            super().__init__()
+            self.device = "cuda:0" if device == "cuda" else "cpu"
+
+    class TorchWithoutCuda(Torch):
+        def __init__(self, device: str, threads: int) -> None:
+            if device == "cuda":
+                raise BackendUnavailable("torch has no CUDA")
+            super().__init__(device, threads)
+
+    fakes.update(torch=Torch, openvino=Recorder)
+    monkeypatch.setattr(backends, "_NVIDIA_DEVICES", (str(tmp_path / "none"),))
+    assert create().name == "openvino"
+    monkeypatch.setattr(backends, "_NVIDIA_DEVICES", (str(tmp_path),))
+    assert (create().name, create().device) == ("torch", "cuda:0")
+    assert create("auto", "cpu").name == "openvino"
+    fakes["torch"] = TorchWithoutCuda
+    assert create().name == "openvino"
+
+
 def test_when_none_runs_one_line_says_why_of_each(fakes: dict[str, type[CheckedBackend] | None], bundle: Bundle) -> None:
     for make in (lambda: create("auto", "cuda"), lambda: load_first(bundle, device="cuda")):
         with pytest.raises(BackendUnavailable) as caught:
