@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import batcher_simulated, decode, pipeline, shapes
+from benchmarks import batcher_simulated, cold_start, decode, pipeline, shapes
 
-PARTS = ("decode", "pipeline", "shapes", "batcher")
+PARTS = ("decode", "pipeline", "shapes", "batcher", "cold_start")
 
 
 def _rows(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -49,6 +49,8 @@ def main() -> None:
     if "batcher" in parts:
         figures = batcher_simulated.main(pace=0.5)
         _show("batcher, against a simulated device", {key: value for key, value in figures.items() if key != "loads"})
+    if "cold_start" in parts:
+        _show("from start to ready", cold_start.main())
 
 
 if __name__ == "__main__":

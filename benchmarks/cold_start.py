@@ -88,15 +88,11 @@ def _watch(process: subprocess.Popen[bytes], port: int, began: float) -> dict[st
             continue
         now = time.monotonic() - began
         seen.setdefault("live", now)
-        if ready or _engine_is_warm(conditions):
+        if conditions["engine"]:
             seen.setdefault("engine", now)
         if ready:
             seen["ready"] = now
     return seen
-
-
-def _engine_is_warm(conditions: dict[str, Any]) -> bool:
-    return bool(conditions.get("conditions", conditions).get("engine"))
 
 
 def main(runs: int = 5, bootstrap: str | None = None, backend: str = "auto") -> dict[str, Any]:
