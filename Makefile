@@ -8,7 +8,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 upper = $(shell echo $(1) | tr a-z A-Z)
 option = $(if $($(call upper,$(1))),--$(1) "$($(call upper,$(1)))")
 
-.PHONY: bench-peers demo test test-fast lint bench chaos clean
+.PHONY: bench-peers demo test test-fast lint bench chaos soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,7 +16,9 @@ help:
 	@echo "make test   every test that needs no GPU and no network beyond package installation"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench  benchmarks; JSON under benchmarks/results/ and a table"
-	@echo "make chaos  faults under load on Apache Kafka, then the books: MINUTES=10 SEED= NODES=3 WORKERS=3 EVENTS= FAULTS= DELIVERY= OUT="
+	@echo "make chaos  faults under load on Apache Kafka, then the books: MINUTES=10 SEED= NODES=3 WORKERS=3 EVENTS= FAULTS= DELIVERY= OUT=,"
+	@echo "            SCENARIO=faults, members (that come and go) or outage (every broker gone for a minute)"
+	@echo "make soak   full rate for MINUTES=60: memory, descriptors and threads flat, books balanced"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -64,11 +66,15 @@ bench: $(VENV)/.dev
 
 # Each NAME=value becomes --name value.
 chaos: $(VENV)/.dev
-	@exec $(BIN)/python -m tests.chaos $(foreach name,minutes seed nodes workers events faults delivery out logs,$(call option,$(name)))
+	@exec $(BIN)/python -m tests.chaos $(foreach name,scenario minutes seed nodes workers events faults delivery out logs,$(call option,$(name)))
 
 bench-peers: $(VENV)/.dev
 	@$(INSTALL) --editable '.[peers]'
 	@$(BIN)/python -m benchmarks.peers
+
+# A soak: full rate, memory and descriptors flat. MINUTES=60
+soak: $(VENV)/.dev
+	@exec $(BIN)/python -m tests.chaos --scenario soak --minutes $(or $(MINUTES),60) $(foreach name,seed nodes workers delivery out logs,$(call option,$(name)))
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -10,10 +10,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.chaos import netns
+from tests.chaos import netns, scenarios
 from tests.chaos.brokers import ApacheBrokers
 from tests.chaos.run import Plan, Report, Run
 from tests.conftest import KafkaCluster, cluster_script
+
+SCENARIOS = {
+    "faults": lambda run, seconds: run.go(),
+    "members": scenarios.members,
+    "outage": lambda run, seconds: scenarios.outage(run),
+    "soak": scenarios.soak,
+}
 
 
 def main() -> int:
@@ -34,20 +41,21 @@ def main() -> int:
         plan = Plan(
             seed=arguments.seed,
             seconds=arguments.minutes * 60,
-            events=arguments.events,
+            events=arguments.events if arguments.scenario == "faults" else 0,
             workers=arguments.workers,
             hurts=hurts,
             delivery=arguments.delivery,
             namespaces=without_network is None,
         )
         with Run(plan, ApacheBrokers(cluster, arguments.nodes), folder, say=lambda line: print(line, flush=True)) as run:
-            report = run.go()
+            report = SCENARIOS[arguments.scenario](run, arguments.minutes * 60)
     _tell(report, arguments)
     return 1 if report.problems else 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--scenario", choices=tuple(SCENARIOS), default="faults")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
     parser.add_argument("--nodes", type=int, default=3, help="brokers, 1 to 3")
@@ -68,6 +76,8 @@ def _tell(report: Report, arguments: argparse.Namespace) -> None:
         f"lost {len(balance.lost)}, duplicates {balance.duplicates} verdicts and {balance.duplicate_letters} dead letters "
         f"({len(balance.unexplained)} without a cause), longest stall {report.longest_stall_s} s"
     )
+    if report.figures:
+        print(f"figures: {report.figures}")
     print(f"metrics of the workers that ran last: {report.metrics}")
     if arguments.out:
         arguments.out.write_text(
@@ -77,7 +87,8 @@ def _tell(report: Report, arguments: argparse.Namespace) -> None:
         print(f"PROBLEM: {problem}", file=sys.stderr)
     if report.problems:
         print(
-            f"repeat: make chaos MINUTES={arguments.minutes:g} SEED={arguments.seed} NODES={arguments.nodes} "
+            f"repeat: make chaos SCENARIO={arguments.scenario} MINUTES={arguments.minutes:g} SEED={arguments.seed} "
+            f"NODES={arguments.nodes} "
             f"WORKERS={arguments.workers} EVENTS={arguments.events} FAULTS={report.plan.hurts} DELIVERY={arguments.delivery}",
             file=sys.stderr,
         )

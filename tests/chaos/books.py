@@ -61,12 +61,11 @@ class Balance:
 class Books:
     """Takes verdicts and dead letters as they come; `balance` at the end."""
 
-    def __init__(self, plans: list[Planned], scores: Mapping[int, float], versions: Iterable[str]) -> None:
-        """`scores`: by grey what the engine gives; `versions`: models that may sign a verdict."""
-        self._plans = plans
+    def __init__(self, plans: Iterable[Planned], scores: Mapping[str, Mapping[int, float]]) -> None:
+        """`scores`: by the version of each model that may sign a verdict, by grey, what it gives."""
         self._scores = scores
-        self._versions = set(versions)
-        self._by_key = {planned.key: number for number, planned in enumerate(plans)}
+        self._plans: list[Planned] = []
+        self._by_key: dict[bytes, int] = {}
         self.verdicts: dict[int, list[tuple[str, float, dict[str, object]]]] = defaultdict(list)
         """By number verdict id, the broker's time, and the rest that is still to be checked."""
         self.letters: dict[int, list[tuple[str, float]]] = defaultdict(list)
@@ -74,12 +73,25 @@ class Books:
         self.accounted = 0
         self.samples: list[tuple[float, int]] = []
         """Monotonic time and how many events were accounted for."""
-        self._is_accounted = bytearray(len(plans))
+        self._is_accounted = bytearray()
+        for planned in plans:
+            self.expect(planned)
+
+    def expect(self, planned: Planned) -> None:
+        """One more event is about to be sent."""
+        self._by_key[planned.key] = len(self._plans)
+        self._is_accounted.append(0)
+        self._plans.append(planned)
 
     @property
     def complete(self) -> bool:
         """Whether every event is accounted for."""
         return self.accounted == len(self._plans)
+
+    @property
+    def expected(self) -> int:
+        """How many events were or will be sent."""
+        return len(self._plans)
 
     # -- entries
     def verdict(self, value: bytes, stamp: float) -> None:
@@ -91,8 +103,9 @@ class Books:
             return
         planned = self._plans[number]
         version = verdict["model"]["version"]
-        if version not in self._versions:
+        if version not in self._scores:
             self.wrong.append(f"{planned.event_id}: made by an unknown model {version}")
+            return
         if verdict["verdict_id"] != contracts.verdict_id(verdict["event_id"], version):
             self.wrong.append(f"{planned.event_id}: its verdict id is not that of event and model")
         reason = verdict["reason"]
@@ -101,7 +114,7 @@ class Books:
         if planned.code is None and reason is None:
             if verdict["image"]["sha256"] != sha256_of(planned, number):
                 self.wrong.append(f"{planned.event_id}: a verdict on another image")
-            if abs(verdict["score"] - self._scores[planned.grey or 0]) > 1e-3:
+            if abs(verdict["score"] - self._scores[version][planned.grey or 0]) > 1e-3:
                 self.wrong.append(f"{planned.event_id}: score {verdict['score']} of another image")
         rest = {"reason": reason, "source": verdict["source"], "version": version}
         self.verdicts[number].append((verdict["verdict_id"], stamp, rest))

@@ -15,8 +15,10 @@ import json
 import random
 import threading
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from confluent_kafka import Producer
 from PIL import Image
@@ -86,6 +88,16 @@ def plan(seed: int, number: int, host: str, pad_bytes: int = 0) -> Planned:
     return Planned(None, "no id", None, b"{nope " + event_id.encode(), ())
 
 
+LARGE_BYTES = 20 * 10**6
+
+
+def large(number: int, host: str) -> Planned:
+    """An event that names an image of 20 MB: a picture with as much behind its end."""
+    event_id = f"large-{number:07d}"
+    body = {"event_id": event_id, "image": {"url": f"http://{host}/{number % GREYS}/{number * 3 + 1}/large"}}
+    return Planned(event_id, "large", number % GREYS, json.dumps(body).encode(), ())
+
+
 def sha256_of(planned: Planned, number: int, pad_bytes: int = 0) -> str:
     """The digest that the verdict of a good event must name."""
     if planned.kind == "popular":
@@ -108,11 +120,13 @@ class Host:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                _, grey, number = self.path.split("/")
+                _, grey, number, *size = self.path.split("/")
                 with lock:
                     refuse = int(number) % 3 == 0 and refused.get(number, 0) < REFUSED_FIRST
                     refused[number] = refused.get(number, 0) + 1
                 body = b"later" if refuse else picture(int(grey), f"url {number}")
+                if size:
+                    body += bytes(LARGE_BYTES - len(body))
                 self.send_response(503 if refuse else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -139,13 +153,17 @@ class Host:
 
 
 class Uploader:
-    """Produces the events at a steady pace with librdkafka's idempotent producer; remembers where each went."""
+    """Produces events with librdkafka's idempotent producer, through every fault; remembers where each record went.
 
-    def __init__(self, bootstrap: str, topic: str, plans: list[Planned], seconds: float) -> None:
+    `wait_s(number)` says how long event `number` still has to wait; it is asked again and again until it says 0 or less.
+    """
+
+    def __init__(self, bootstrap: str, topic: str, plans: Iterable[Planned], wait_s: Callable[[int], float]) -> None:
         self.offsets: dict[int, tuple[int, int]] = {}
         """By number partition and offset of the record, once acknowledged."""
         self.sent = 0
-        self._plans, self._topic, self._seconds = plans, topic, seconds
+        self.failures: list[str] = []
+        self._plans, self._topic, self._wait_s = plans, topic, wait_s
         self._producer = Producer(
             {
                 "bootstrap.servers": bootstrap,
@@ -158,30 +176,23 @@ class Uploader:
                 "log_level": 0,
             }
         )
-        self.failures: list[str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
-
-    def start(self) -> Uploader:
         self._thread.start()
-        return self
 
     @property
     def done(self) -> bool:
-        """Whether every event is acknowledged."""
-        return len(self.offsets) == len(self._plans)
+        """Whether every event is sent and acknowledged."""
+        return not self._thread.is_alive() and len(self.offsets) == self.sent
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join(30)
 
     def _run(self) -> None:
-        started = time.monotonic()
         for number, planned in enumerate(self._plans):
-            behind = started + self._seconds * number / len(self._plans) - time.monotonic()
-            while behind > 0 and not self._stop.is_set():
-                self._producer.poll(min(behind, 0.05))
-                behind = started + self._seconds * number / len(self._plans) - time.monotonic()
+            while (wait_s := self._wait_s(number)) > 0 and not self._stop.is_set():
+                self._producer.poll(min(wait_s, 0.05))
             self._send(number, planned)
             if self._stop.is_set():
                 break
@@ -189,11 +200,11 @@ class Uploader:
             pass
 
     def _send(self, number: int, planned: Planned) -> None:
-        def acknowledged(error: object, message: object) -> None:
+        def acknowledged(error: object, message: Any) -> None:
             if error is not None:
                 self.failures.append(str(error))
             else:
-                self.offsets[number] = (message.partition(), message.offset())  # type: ignore[attr-defined]
+                self.offsets[number] = (message.partition(), message.offset())
 
         while not self._stop.is_set():
             try:
@@ -204,4 +215,11 @@ class Uploader:
                 self._producer.poll(0.1)
             else:
                 self.sent += 1
+                self._producer.poll(0)
                 return
+
+
+def steadily(events: int, seconds: float) -> Callable[[int], float]:
+    """A pace: so many events evenly over so many seconds from now on."""
+    began = time.monotonic()
+    return lambda number: began + seconds * number / events - time.monotonic()

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class Report:
     behind: dict[str, int]
     metrics: dict[str, float]
     problems: list[str]
+    figures: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
@@ -84,13 +85,23 @@ class Report:
 class Run:
     """Everything of one run. A context manager: nothing is left behind however it ends."""
 
-    def __init__(self, plan: Plan, brokers: Brokers, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        brokers: Brokers,
+        folder: Path,
+        say: Callable[[str], None] = lambda line: None,
+        bundles: Sequence[Path] = (),
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`bundles`: models that may sign verdicts, the packaged one where none are named; `prefix` as for `Workers`."""
         self.plan, self.brokers, self.folder, self._say = plan, brokers, folder, say
+        self._bundles = bundles or [bundle.resolve(bundle.packaged())]
+        self._prefix = prefix
         self.stopping = threading.Event()
         self.disturbances: list[Disturbance] = []
         self.failures: list[str] = []
         self.happened: Counter[str] = Counter()
-        self.versions = {_serving().manifest.version}
 
     def __enter__(self) -> Run:
         self._stack = contextlib.ExitStack()
@@ -103,9 +114,9 @@ class Run:
             stack.callback(self.host.close)
             self.plans = [load.plan(plan.seed, number, self.host.address) for number in range(plan.events)]
             settings = _worker_settings(self.settings, self.cache.url) | plan.worker_settings
-            self.workers = Workers(plan.workers, self.folder, settings, plan.namespaces)
+            self.workers = Workers(plan.workers, self.folder, settings, plan.namespaces, self._prefix)
             stack.callback(self.workers.close)
-            self.books = Books(self.plans, _scores(), self.versions)
+            self.books = Books(self.plans, dict(map(_scores, self._bundles)))
             self.reader = Reader(self.settings, self.books)
             stack.callback(self.reader.close)
             self._stack = stack.pop_all()
@@ -121,21 +132,25 @@ class Run:
         faults = self.plan.faults(self.brokers)
         for fault in faults:
             self._say(str(fault))
-        self.workers.start()
-        self.wait(lambda: all(self.workers.ready(number) for number in range(self.plan.workers)), 120, "workers ready")
+        self.start()
         begun = time.monotonic()
-        uploader = self.upload(self.plans, self.plan.seconds)
+        uploader = self.upload(self.plans, load.steadily(len(self.plans), self.plan.seconds))
         with self._lanes(faults) as lanes:
-            self._watch(lambda: uploader.done and not any(lane.is_alive() for lane in lanes), begun)
+            self.watch(lambda: uploader.done and not any(lane.is_alive() for lane in lanes), begun)
         uploader.close()
         self.failures += uploader.failures[:3]
         return self.finish(uploader, begun)
 
-    def upload(self, plans: list[load.Planned], seconds: float) -> load.Uploader:
-        """Start to produce."""
-        uploader = load.Uploader(self.brokers.bootstrap, self.settings.upload_topics[0], plans, seconds)
+    def start(self) -> None:
+        """Start the workers and wait until all are ready."""
+        self.workers.start()
+        self.wait(lambda: all(self.workers.ready(number) for number in range(self.plan.workers)), 300, "workers ready")
+
+    def upload(self, plans: Iterable[load.Planned], wait_s: Callable[[int], float]) -> load.Uploader:
+        """Begin to produce."""
+        uploader = load.Uploader(self.brokers.bootstrap, self.settings.upload_topics[0], plans, wait_s)
         self._stack.callback(uploader.close)
-        return uploader.start()
+        return uploader
 
     def finish(self, uploader: load.Uploader, begun: float) -> Report:
         """Wait for the last commits, end the workers kindly, close the books."""
@@ -175,8 +190,8 @@ class Run:
                 raise TimeoutError(f"no {what} within {seconds:.0f} s\n{ends}")
             time.sleep(0.1)
 
-    def _watch(self, over: Callable[[], bool], begun: float) -> None:
-        """Read the books until all is over and accounted for."""
+    def watch(self, over: Callable[[], bool], begun: float) -> None:
+        """Read the books until all is over and accounted for, or nothing moves for the plan's patience."""
         moved, before, told = time.monotonic(), -1, time.monotonic()
         while not (self.books.complete and over()):
             self.reader.look()
@@ -185,7 +200,7 @@ class Run:
                 moved, before = now, self.books.accounted
             if now - told > 15:
                 told = now
-                self._say(f"{now - begun:7.1f} s  {self.books.accounted} of {len(self.plans)} events accounted for")
+                self._say(f"{now - begun:7.1f} s  {self.books.accounted} of {self.books.expected} events accounted for")
             if now - moved > self.plan.patience_s or self.failures:
                 return
 
@@ -253,6 +268,10 @@ class Run:
                 for node in others:
                     brokers.stop(node)
                 return lambda: [brokers.resume(node) for node in others]
+            case "brokers_gone":
+                for node in range(brokers.nodes):
+                    brokers.kill(node)
+                return lambda: [brokers.restart(node) for node in range(brokers.nodes)]
             case "leaders_move":
                 brokers.move_leaders(self.settings, fault.amount)
             case "cache_kill":
@@ -316,20 +335,17 @@ def _limit_cache(cache: EmbeddedCache, max_memory_bytes: int, policy: str) -> No
         client.config_set("maxmemory", max_memory_bytes)
 
 
-def _serving() -> bundle.Bundle:
-    return bundle.load(bundle.resolve(bundle.packaged()))
-
-
-def _scores() -> dict[int, float]:
-    """By grey the score that the cheap engine gives."""
-    detector = Detector.from_parts(_serving(), create("null", "cpu"), head="linear", crops="center")
+def _scores(folder: Path) -> tuple[str, dict[int, float]]:
+    """A model's version, and by grey the score that the cheap engine gives with it."""
+    opened = bundle.load(folder)
+    detector = Detector.from_parts(opened, create("null", "cpu"), head="linear", crops="center")
     limits = images.Limits(max_pixels=1_000_000, max_frames=1)
     found = {}
     for grey in range(load.GREYS):
         crops = images.read_crops(load.picture(grey), limits, "center").crops
         found[grey] = float(detector.combine(detector.infer(crops), 1).score)
     detector.close()
-    return found
+    return opened.manifest.version, found
 
 
 def _kafka_settings(bootstrap: str, delivery: str) -> KafkaSettings:

@@ -34,6 +34,7 @@ KINDS = (
     Kind("cache_full", "cache", 1, 2, 10, hurts=False),
     Kind("network_cut", "worker", 3, 1, 20, hurts=False),
     Kind("clock_step", "worker", 1, hurts=False),
+    Kind("brokers_gone", "brokers", 0),  # all of them; asked for, never drawn
 )
 BY_NAME = {kind.name: kind for kind in KINDS}
 EMBEDDED = frozenset(

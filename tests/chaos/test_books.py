@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, plans: list[Planned]) -> None:
         self.plans = plans
-        self.books = Books(plans, SCORES, {"v1"})
+        self.books = Books(plans, {"v1": SCORES})
 
     def write(self, number: int, stamp: float = START, **changes: object) -> None:
         planned = self.plans[number]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,8 +58,14 @@ class Slot:
 class Workers:
     """Starts, hurts and ends workers. Thread-safe."""
 
-    def __init__(self, count: int, folder: Path, settings: dict[str, object], namespaces: bool = False) -> None:
-        """`settings`: WORKER_ settings without the prefix; names that begin with CHAOS_ are passed as they are."""
+    def __init__(
+        self, count: int, folder: Path, settings: dict[str, object], namespaces: bool = False, prefix: Sequence[str] = ()
+    ) -> None:
+        """`settings`: WORKER_ settings without the prefix; names that begin with CHAOS_ are passed as they are.
+
+        `prefix` stands before every worker's command, and must become it (exec).
+        """
+        self._prefix = list(prefix)
         self.exits: list[Exit] = []
         self._settings = {name if name.startswith("CHAOS_") else f"WORKER_{name}": str(value) for name, value in settings.items()}
         self._lock = threading.RLock()
@@ -201,7 +208,13 @@ class Workers:
             **self._settings,
             **slot.environment,
         }
-        command = [*(slot.namespace.prefix if slot.namespace else []), sys.executable, "-m", "tests.chaos.chaos_worker"]
+        command = [
+            *self._prefix,
+            *(slot.namespace.prefix if slot.namespace else []),
+            sys.executable,
+            "-m",
+            "tests.chaos.chaos_worker",
+        ]
         with slot.log.open("ab") as log:
             slot.log_begin = log.tell()
             slot.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
