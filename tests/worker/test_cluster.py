@@ -295,6 +295,7 @@ def test_the_secure_listener_checks_the_host_name(secure: KafkaCluster, tmp_path
         open_producer(other)
 
 
+@pytest.mark.soak  # and `make chaos SCENARIO=outage` on whole workers
 def test_the_only_broker_dies_and_comes_back(secure: KafkaCluster) -> None:
     """Nobody restarts the worker: what was in flight is sent when the broker is back, nothing is lost or doubled."""
     settings = prepare(settings_for(secure, request_timeout_ms=5_000))
