@@ -15,7 +15,7 @@ from tests.chaos.schedule import BY_NAME, EMBEDDED, draw
 from tests.conftest import KafkaCluster, cluster_script
 from worker.embedded import EmbeddedBroker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ON_KAFKA = Plan(seed=78, seconds=25, events=1_500, workers=2, hurts=6, longest_s=5)
 ON_THE_EMBEDDED_BROKER = Plan(seed=69, seconds=15, events=800, workers=2, hurts=6, partitions=3, longest_s=4)

@@ -16,10 +16,10 @@ from tests.chaos.run import Plan, Run
 from tests.engine.bundles import random_bundle, random_draft
 from worker.embedded import EmbeddedBroker
 
-pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(900)]
 
 VERSIONS = ("1", "2", "3")
-EVENTS = 1_500
+EVENTS = 800
 
 
 def policy(name: str, block: float) -> str:
@@ -39,7 +39,7 @@ def test_bundles_and_policies_swapped_under_load(broker: EmbeddedBroker, tmp_pat
     blocks = {"a": 0.9, "b": 0.6}
     file.write_text(policy("a", blocks["a"]))
     settings = {"ENGINE__BUNDLE": models, "ENGINE__WATCH_BUNDLE_S": 0.2, "POLICY__FILE": file, "POLICY__WATCH_S": 0.2}
-    plan = Plan(12, seconds=12, events=EVENTS, workers=2, partitions=3, worker_settings=settings)
+    plan = Plan(12, seconds=8, events=EVENTS, workers=2, partitions=3, worker_settings=settings)
     bundles = [models / version for version in VERSIONS]
     decided: list[tuple[str, float, str]] = []
     with Run(plan, EmbeddedBrokers(broker), tmp_path, bundles=bundles) as run:

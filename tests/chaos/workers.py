@@ -132,7 +132,7 @@ class Workers:
         """Move its wall clock; it stays moved, also for the next process of its name."""
         self.slots[number].clock[:] = struct.pack("d", seconds)
 
-    def retire(self, number: int, within_s: float = 60) -> int:
+    def retire(self, number: int, within_s: float = 180) -> int:
         """SIGTERM, and no other in its place; its exit code."""
         slot = self.slots[number]
         with self._lock:
@@ -154,7 +154,7 @@ class Workers:
             self.slots[number].wanted = True
 
     # -- looks
-    def get(self, number: int, page: str, timeout_s: float = 5.0) -> tuple[int, str]:
+    def get(self, number: int, page: str, timeout_s: float = 30.0) -> tuple[int, str]:
         """Status and body of one of its pages; 0 where it does not answer."""
         slot = self.slots[number]
         host = slot.namespace.address if slot.namespace else "127.0.0.1"
