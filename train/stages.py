@@ -24,7 +24,7 @@ from engine.calibration import Platt
 from engine.detector import Detector
 from engine.heads import HEADS
 from engine.manifest import Histogram, Parent, Reference
-from train import agreement, card, evaluate, probe, promote, replay, report_page, scoring, thumbnails
+from train import agreement, card, evaluate, probe, promote, replay, report_page, rollback, scoring, thumbnails
 from train import calibrate as calibration
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry, digest, licences, read_manifest, trained_sources
@@ -273,10 +273,10 @@ def run_promote(
     text = card.model_card(loaded, report, facts)
     draft = {**_draft_of(loaded), "model_card": text, "metrics": {"report": report}, "parents": parents}
     draft["replay"] = replay.kept(out, loaded.manifest.encoder.sha256)
-    models.mkdir(parents=True, exist_ok=True)
-    bundles.write(models / version, bundles.Draft(**draft))
-    (models / "TRAINING.md").write_text(card.training_page(loaded.manifest.name, version, facts, commands), encoding="utf-8")
-    return rules, bundles.publish(models, version)
+    with rollback.publishing(models):
+        bundles.write(models / version, bundles.Draft(**draft))
+        (models / "TRAINING.md").write_text(card.training_page(loaded.manifest.name, version, facts, commands), encoding="utf-8")
+        return rules, bundles.publish(models, version)
 
 
 def _draft_of(loaded: bundles.Bundle) -> dict[str, Any]:
