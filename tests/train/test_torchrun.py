@@ -22,7 +22,7 @@ from train.pretrain import Run  # noqa: E402
 from train.store import PixelStore, build  # noqa: E402
 from train.views import Batch, Sampler, batch_at  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 
 RECIPE = """
@@ -76,7 +76,7 @@ def _launch(module: str, *arguments: str) -> subprocess.Popen[str]:
 
 def _ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        said, _ = process.communicate(timeout=200)
+        said, _ = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         said, _ = process.communicate()
@@ -93,7 +93,7 @@ def _ranks(process: subprocess.Popen[str]) -> list[int]:
 
 def _trained(process: subprocess.Popen[str], out: Path) -> None:
     """Waits for the first checkpoint."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while not (out / "last.pt").exists():
         if process.poll() is not None or time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL)
