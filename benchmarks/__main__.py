@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import batcher_simulated, cold_start, decode, pipeline, shapes
+from benchmarks import batcher_simulated, cold_start, decode, exactly_once, pipeline, shapes
 
-PARTS = ("decode", "pipeline", "shapes", "batcher", "cold_start")
+PARTS = ("decode", "pipeline", "shapes", "batcher", "cold_start", "exactly_once")
 
 
 def _rows(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -51,6 +51,10 @@ def main() -> None:
         _show("batcher, against a simulated device", {key: value for key, value in figures.items() if key != "loads"})
     if "cold_start" in parts:
         _show("from start to ready", cold_start.main())
+    if "exactly_once" in parts:
+        costs = exactly_once.main(min(arguments.events, 2000), rounds=2, max_in_flight=256)
+        if costs is not None:
+            _show("exactly once against at least once, on Apache Kafka", {key: costs[key] for key in costs if key != "runs"})
 
 
 if __name__ == "__main__":

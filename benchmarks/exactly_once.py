@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def cluster_script() -> Path | None:
     """The script that starts Apache Kafka, or None."""
     named = os.environ.get("KAFKA_CLUSTER")
     script = BESIDE_THE_CHECKOUT if named is None else Path(named)
-    return script if script.is_file() else None
+    return script if script.is_file() and shutil.which("java") else None
 
 
 @contextmanager
@@ -159,7 +160,10 @@ def main(events: int, rounds: int, max_in_flight: int) -> dict[str, Any] | None:
     """Run both modes `rounds` times and write the result file; None, with one line, where there is no Kafka."""
     script = cluster_script()
     if script is None:
-        print("exactly_once: skipped, no Apache Kafka (KAFKA_CLUSTER names no script that starts it)", file=sys.stderr)
+        print(
+            "exactly_once: skipped, no Apache Kafka to start (KAFKA_CLUSTER, and java)",
+            file=sys.stderr,
+        )
         return None
     pictures = jpegs(events)
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
