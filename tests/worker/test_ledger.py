@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 
+import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
@@ -388,6 +389,7 @@ def test_receipts_from_many_threads() -> None:
     assert ledger.committable() == {("a", 0): 20_000}
 
 
+@pytest.mark.timing
 def test_cost_does_not_grow_with_what_is_in_flight() -> None:
     """One open record at the head and 50,000 behind it: asking and finishing must not scan them."""
 
