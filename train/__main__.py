@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     _version(five)
     five.add_argument("--models", type=Path, required=True, help="folder of the model's versions, with CURRENT")
     five.add_argument("--max-fpr", type=float, default=None, help="largest FPR on unseen sources at the threshold for 1%%")
+    five.add_argument("--champion-report", type=Path, help="report.json of the published bundle on this data; default: its own")
     five.add_argument("--note", action="append", default=[], help="a sentence for card and TRAINING.md; may be given again")
     five.set_defaults(run=_promote)
 
@@ -225,6 +226,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         ladder=not args.no_ladder,
         parity=not args.no_parity,
     )
+    if args.bundle is None and (args.out / stages.FACTS_FILE).exists():
+        flags = {"no_ladder": args.no_ladder, "no_parity": args.no_parity}
+        given = f" --backend {args.backend} --head {args.head} --crops {args.crops}"
+        given += "".join(f" --{name.replace('_', '-')}" for name, on in flags.items() if on)
+        stages.write_facts(args.out, evaluate_arguments=given)
     for condition, parts in report["conditions"].items():
         for part, values in parts.items():
             for head, measured in values["heads"].items():
@@ -249,7 +255,7 @@ def _promote(args: argparse.Namespace) -> int:
         commands.append(f"python -m train {command}{needs} --out $RUN --version {shlex.quote(args.version)}{given}")
     commands.append(f"python -m train promote --out $RUN --version {shlex.quote(args.version)} --models models")
     max_fpr = promote.MAX_FPR if args.max_fpr is None else args.max_fpr
-    rules, published = stages.run_promote(args.out, args.models, args.version, commands, max_fpr)
+    rules, published = stages.run_promote(args.out, args.models, args.version, commands, max_fpr, args.champion_report)
     for rule in rules:
         print(f"{'pass' if rule.passed else 'FAIL'}  {rule.name}: {rule.detail}")
     if published is None:

@@ -6,14 +6,37 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine.bundle import Bundle
 from train.evaluate import REPORT_FORMAT
 from train.gate import MAX_FPR, Rule, gate
 
-__all__ = ["MAX_FPR", "PromoteError", "Rule", "gate", "read_report"]
+__all__ = ["MAX_FPR", "PromoteError", "Rule", "champion_report", "gate", "read_report"]
 
 
 class PromoteError(Exception):
     """A report or bundle cannot be used for promotion; the message names it."""
+
+
+def champion_report(current: Bundle, given: Path | None = None) -> dict[str, Any]:
+    """The report that the published bundle is compared by: `given`, or the one it carries.
+
+    Raises:
+        PromoteError: it carries none and none is given, or the given one is of another bundle.
+    """
+    manifest = current.manifest
+    if given is not None:
+        report = read_report(given)
+        measured = (report["model"]["encoder_sha256"], report["model"]["heads_sha256"])
+        if measured != (manifest.encoder.sha256, manifest.heads.sha256):
+            raise PromoteError(f"{given}: is not of the published bundle {current.path}; evaluate that one with --bundle")
+        return report
+    kept = manifest.metrics.get("report")
+    if not isinstance(kept, dict) or kept.get("format") != REPORT_FORMAT:
+        raise PromoteError(
+            f"{current.path}: carries no report to compare with; run `train evaluate --bundle {current.path}` and give its "
+            "report with --champion-report"
+        )
+    return kept
 
 
 def read_report(path: Path) -> dict[str, Any]:

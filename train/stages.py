@@ -249,9 +249,12 @@ def run_evaluate(
 
 
 def run_promote(
-    out: Path, models: Path, version: str, commands: list[str], max_fpr: float
+    out: Path, models: Path, version: str, commands: list[str], max_fpr: float, champion_report: Path | None = None
 ) -> tuple[list[promote.Rule], Path | None]:
-    """Gates the calibrated bundle on its report and, if every rule holds, publishes it under MODELS; else (rules, None)."""
+    """Gates the calibrated bundle on its report and, if every rule holds, publishes it under MODELS; else (rules, None).
+
+    champion_report: a newer report of the published bundle than the one it carries, on the data of the candidate's.
+    """
     report = promote.read_report(out / "report.json")
     loaded = bundles.load(out / "bundles" / f"{version}-calibrated")
     if (
@@ -264,8 +267,7 @@ def run_promote(
     if (models / bundles.CURRENT_FILE).exists():
         current = bundles.load(models)
         parents = (Parent(name=current.manifest.name, version=current.manifest.version, digest=current.digest),)
-        kept = current.manifest.metrics.get("report")
-        champion = kept if isinstance(kept, dict) else None
+        champion = promote.champion_report(current, champion_report)
     rules = promote.gate(report, champion, max_fpr)
     if not all(rule.passed for rule in rules):
         return rules, None

@@ -94,6 +94,7 @@ def test_from_data_to_a_published_bundle(evaluated: Path) -> None:
     card = (published.path / "MODEL_CARD.md").read_text()
     assert "A made-up run." in card and "fake-elsewhere" in card and "CC0" in card and str(trained) not in card
     page = (trained / "models" / "TRAINING.md").read_text()
+    assert "--backend torch --head linear --crops center --no-ladder --no-parity" in page
     assert "train pretrain --data $CORPUS" in page and "3 of 3, 96 views" in page and str(trained) not in page
     with Detector.open(models, backend="torch", threads=1) as detector:
         p = detector.infer(np.zeros((1, 224, 224, 3), np.uint8))

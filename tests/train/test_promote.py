@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from train.promote import PromoteError, gate, read_report
+from tests.engine.bundles import random_bundle
+from train.promote import PromoteError, champion_report, gate, read_report
 
 
 def _report(auroc: float = 0.8, low: float = 0.7, fpr: float = 0.02, slice_auroc: float = 0.8, data: str = "d") -> dict[str, Any]:
@@ -120,6 +121,24 @@ def test_a_report_without_unseen_sources_fails() -> None:
     report = _report()
     report["conditions"]["clean"] = {}
     assert _failed(report) == ["clean: unseen sources"]
+
+
+def test_the_champions_report_is_its_own_or_a_newer_one_of_the_same_bundle(tmp_path: Path) -> None:
+    kept = _report()
+    current = random_bundle(tmp_path / "b", metrics={"report": kept})
+    assert champion_report(current) == kept
+    model = {"encoder_sha256": current.manifest.encoder.sha256, "heads_sha256": current.manifest.heads.sha256}
+    newer = _report(data="newer") | {"model": model}
+    (tmp_path / "report.json").write_text(json.dumps(newer))
+    assert champion_report(current, tmp_path / "report.json") == newer
+    (tmp_path / "report.json").write_text(json.dumps(newer | {"model": model | {"heads_sha256": "another"}}))
+    with pytest.raises(PromoteError, match=r"report\.json: is not of the published bundle"):
+        champion_report(current, tmp_path / "report.json")
+
+
+def test_a_champion_without_a_report_is_no_first_model(tmp_path: Path) -> None:
+    with pytest.raises(PromoteError, match=r"carries no report to compare with.*--champion-report"):
+        champion_report(random_bundle(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", json.dumps({"format": "other"})])
