@@ -66,7 +66,7 @@ class DeadLetterCircuit:
 
     def room(self) -> int:
         """How many further events the circuit lets in now."""
-        if self._opened is None:
+        if self.closed:
             return UNLIMITED
         with self._lock:
             now = self._clock.monotonic()
