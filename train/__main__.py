@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--name", default="code-vit-tiny-corpus", help="name of the model")
     _version(two)
     two.add_argument("--copies", type=_at_least(1), default=1, help="augmented copies of each image")
+    two.add_argument("--pool", action="store_true", help="embed the crops of the run's pool instead of augmenting anew")
     two.add_argument("--no-aligned", action="store_true", help="leave the aligned fakes out")
     two.add_argument(
         "--c", type=float, default=None, help="inverse regularisation of the linear head; default: the paper's 0.316"
@@ -165,7 +166,7 @@ def _probe(args: argparse.Namespace) -> int:
     if not c > 0:
         _parser().error("probe: --c must be above 0")
     given = f" --name {shlex.quote(args.name)} --copies {args.copies} --seed {args.seed}" + " --no-aligned" * args.no_aligned
-    given += f" --c {c:g}" * (c != probe.C)
+    given += f" --c {c:g}" * (c != probe.C) + " --pool" * args.pool
     stages.write_facts(args.out, name=args.name, probe_arguments=given)
     folder = stages.run_probe(
         args.out,
@@ -176,6 +177,7 @@ def _probe(args: argparse.Namespace) -> int:
         seed=args.seed,
         on_image=_counter("embedded"),
         c=c,
+        pooled=args.pool,
     )
     _say(f"{folder}: heads fitted, not calibrated")
     return DONE

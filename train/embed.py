@@ -85,6 +85,20 @@ def from_store(store: PixelStore, seed: int, copies: int, aligned: bool) -> Iter
             yield np.asarray(PRESETS["platform"](base_image(store, item, rng), rng, 1.0)), facts
 
 
+def from_pool(store: PixelStore, crops: Rgb, copies: int, aligned: bool) -> Iterator[tuple[Rgb, Facts]]:
+    """As `from_store`, from the first `copies` of the crops uint8[items, n, 224, 224, 3] that `train.pool` augmented beforehand.
+
+    Raises DataError where it has fewer.
+    """
+    if copies >= crops.shape[1]:
+        raise DataError(f"the pool has {crops.shape[1] - 1} augmented crops an image, not {copies}; give another --copies")
+    for number, item in enumerate(store.items):
+        if item.pair < 0 or aligned:
+            facts = Facts(f"item-{number}", item.label, item.source, item.generator, item.group)
+            # Copy 0 is the image as delivered.
+            yield from ((crops[number, copy], facts) for copy in range(1, copies + 1))
+
+
 class Encoder:
     """timm-named arrays as an encoder, through `engine.detector`: what the heads are fitted on is what a worker will compute.
 

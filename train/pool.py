@@ -60,11 +60,17 @@ def build(store_folder: Path, folder: Path, copies: int, on_image: Callable[[int
     partial.replace(folder / "pool.json")
 
 
-def opened(store: PixelStore, folder: Path, copies: int) -> NDArray[np.uint8]:
-    """The pool's pixels, memory-mapped; raises DataError where `folder` holds no pool of this store and so many copies."""
-    if _held(folder) != _facts(store, copies):
-        raise DataError(f"{folder / 'pool.json'}: no pool of {copies} copies of this store; `train pretrain` makes it")
-    return np.memmap(folder / "pool.bin", np.uint8, "r", shape=shape(store, copies))
+def opened(store: PixelStore, folder: Path, copies: int | None = None) -> NDArray[np.uint8]:
+    """The pool's pixels, memory-mapped. copies: how many it must hold of each image; None: as many as it does.
+
+    Raises DataError where `folder` holds no such pool of this store.
+    """
+    held = _held(folder)
+    found = int(str(held["copies"])) if held is not None and copies is None else copies or 0
+    if held is None or held != _facts(store, found):
+        what = f"{found} copies of this store" if found else "this store"
+        raise DataError(f"{folder / 'pool.json'}: no pool of {what}; `train pretrain` makes it by a recipe's pool_copies")
+    return np.memmap(folder / "pool.bin", np.uint8, "r", shape=shape(store, found))
 
 
 def _facts(store: PixelStore, copies: int) -> dict[str, object]:

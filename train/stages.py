@@ -28,7 +28,7 @@ from train import agreement, card, evaluate, probe, promote, replay, report_page
 from train import calibrate as calibration
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry, digest, licences, read_manifest, trained_sources
-from train.embed import Embedded, Encoder, degraded, embed, from_files, from_store, load_encoder
+from train.embed import Embedded, Encoder, degraded, embed, from_files, from_pool, from_store, load_encoder
 from train.ladder import REPORTED, RUNGS
 from train.recipe import Recipe
 
@@ -134,14 +134,28 @@ def summary(recipe: Recipe, steps: int, views: int, seconds: float) -> dict[str,
 
 
 def run_probe(
-    out: Path, name: str, version: str, *, copies: int, aligned: bool, seed: int, on_image: OnCount, c: float = probe.C
+    out: Path,
+    name: str,
+    version: str,
+    *,
+    copies: int,
+    aligned: bool,
+    seed: int,
+    on_image: OnCount,
+    c: float = probe.C,
+    pooled: bool = False,
 ) -> Path:
-    """Fits the heads on OUT's store and writes an uncalibrated bundle; returns its folder."""
+    """Fits the heads on OUT's store and writes an uncalibrated bundle; returns its folder. pooled: on the crops of its pool."""
+    from train import pool
     from train.store import PixelStore
 
     weights = load_encoder(out / ENCODER_FILE)
     store = PixelStore(out / "store")
-    embedded = embed(Encoder(weights, layer_norm_eps=LAYER_NORM_EPS), from_store(store, seed, copies, aligned), on_image)
+    if pooled:
+        images = from_pool(store, pool.opened(store, out / "store" / "pool"), copies, aligned)
+    else:
+        images = from_store(store, seed, copies, aligned)
+    embedded = embed(Encoder(weights, layer_norm_eps=LAYER_NORM_EPS), images, on_image)
     heads = probe.fit(embedded, seed=seed, c=c)
     scale = np.maximum(np.std(heads.raw_scores(embedded.embedding), axis=0), 1e-6)
     draft = bundles.Draft(

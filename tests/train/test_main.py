@@ -132,11 +132,11 @@ def test_a_run_goes_on_from_an_earlier_encoder_and_says_so(trained: Path, tmp_pa
     facts = json.loads((run / "facts.json").read_text())
     assert facts["pretrain_command"].endswith("--start $EARLIER/encoder.safetensors")
     assert facts["earlier"] == ["python -m train pretrain --data $CORPUS --out $EARLIER --recipe train/recipes/r.toml"]
-    assert main(["probe", "--out", str(run), "--version", "2", "--c", "1e-4"]) == 0
+    assert main(["probe", "--out", str(run), "--version", "2", "--c", "1e-4", "--pool"]) == 0
     weak, usual = bundle.load(run / "bundles" / "2-probe"), bundle.load(trained / "run" / "bundles" / "1-probe")
     assert weak.manifest.heads.linear.c == 1e-4 and usual.manifest.heads.linear.c == 0.316
     assert np.linalg.norm(weak.heads.linear_weight) < np.linalg.norm(usual.heads.linear_weight) / 5
-    assert json.loads((run / "facts.json").read_text())["probe_arguments"].endswith(" --c 0.0001")
+    assert json.loads((run / "facts.json").read_text())["probe_arguments"].endswith(" --c 0.0001 --pool")
 
 
 def test_pack(trained: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.train.pictures import corpus  # noqa: E402
 from tests.train.tiny import recipe  # noqa: E402
 from train import pool  # noqa: E402
 from train.data import DataError, read_manifest  # noqa: E402
+from train.embed import from_pool  # noqa: E402
 from train.store import PixelStore, build  # noqa: E402
 from train.views import Sampler, batch_at, loader, patchified  # noqa: E402
 
@@ -78,6 +79,17 @@ def test_an_aligned_fake_takes_what_its_real_takes(store: Path) -> None:
     assert torch.equal(index[:, 0], index[:, 1])
     patches = batch.patches.reshape(4, 2, 4, 5, 3, 16, 16).float()
     assert (patches[:, 0] - patches[:, 1]).abs().mean() < 6
+
+
+def test_heads_are_fitted_on_the_augmented_copies(store: Path) -> None:
+    opened = PixelStore(store)
+    crops = pool.opened(opened, store / "pool")
+    given = list(from_pool(opened, crops, COPIES - 1, aligned=False))
+    plain = [number for number, item in enumerate(opened.items) if item.pair < 0]
+    assert len(given) == len(plain) * (COPIES - 1) and {facts.key for _, facts in given} == {f"item-{n}" for n in plain}
+    assert np.array_equal(given[1][0], crops[plain[0], 2])
+    with pytest.raises(DataError, match="3 augmented crops an image, not 4"):
+        list(from_pool(opened, crops, COPIES, aligned=False))
 
 
 def test_the_loader_reads_the_pool_from_any_step(store: Path) -> None:
