@@ -210,7 +210,8 @@ def training_page(name: str, version: str, facts: dict[str, Any], commands: list
     lines = [
         f"# How {name} {version} was trained",
         "",
-        "`$CORPUS` holds `manifest.tsv` and the images, `$AUTOENCODER` the tiny autoencoder; `$RUN` is an empty folder.",
+        "`$CORPUS` holds `manifest.tsv` and the images, `$AUTOENCODER` the tiny autoencoder; `$RUN` is an empty folder"
+        + (", `$EARLIER` another." if any("$EARLIER" in command for command in commands) else "."),
         "",
         "```sh",
         *commands,
