@@ -26,10 +26,11 @@ Client = TypeVar("Client")
 
 RECORD_OVERHEAD_BYTES = 2**20
 """What our own headers, the batch and the request may add to the largest record."""
-FETCH_MAX_BYTES = 50 * 2**20
+FETCH_MAX_BYTES = 3 * 2**20
 PARTITION_FETCH_BYTES = 2 * 2**20
-"""A fetch asks for this much a partition; a larger first batch still comes whole (KIP-74), so it bounds memory, not records.
-Buffers of this size are used again by the allocator (`process_memory`); fresh ones cost as much as what is done with them."""
+"""A fetch asks for this much in all, and of a partition; a larger first batch still comes whole (KIP-74), so these bound memory,
+not records. Buffers of this size are used again by the allocator (`process_memory`); fresh ones cost
+as much as what is done with them."""
 FETCH_WAIT_MS = 50
 """How long a broker may hold a fetch that finds nothing. The client has one fetch in flight to a broker: while one for quiet
 partitions (the retry topic's) waits there, a busy partition whose data is used up waits with it (Kafka's default is 500)."""

@@ -27,5 +27,5 @@ def settle() -> None:
     except (OSError, AttributeError):
         return
     mallopt(_M_ARENA_MAX, 2)
-    mallopt(_M_MMAP_THRESHOLD, 8 * 2**20)
+    mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
     mallopt(_M_TRIM_THRESHOLD, 32 * 2**20)
