@@ -63,7 +63,9 @@ def test_bundles_and_policies_swapped_under_load(broker: EmbeddedBroker, tmp_pat
                 swaps += 1
                 publish(models, VERSIONS[swaps % len(VERSIONS)])
                 name = "ab"[swaps % 2]
-                file.write_text(policy(name, blocks[name]))
+                written = tmp_path / "policy.new"
+                written.write_text(policy(name, blocks[name]))
+                written.replace(file)  # whole: half a file may be a policy, too
             if uploader.done and run.books.complete:
                 break
         run.watch(lambda: uploader.done, begun)
