@@ -77,6 +77,8 @@ class Report:
     metrics: dict[str, float]
     problems: list[str]
     figures: dict[str, Any] = field(default_factory=dict)
+    series: list[tuple[Any, ...]] = field(default_factory=list)
+    """Of a soak: seconds, worker, resident bytes, descriptors, threads, decoders' resident bytes."""
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import psutil
 
@@ -127,7 +127,7 @@ def soak(run: Run, seconds: float) -> Report:
     rate.over = True
     run.watch(lambda: rate.uploader.done, begun)
     report = run.finish(rate.uploader, begun)
-    report.figures = {}
+    report.series = [astuple(size) for size in sizes[:: max(1, len(sizes) // 500)]]
     for number in range(run.plan.workers):
         own = [size for size in sizes if size.worker == number]
         for name, allowed in (
