@@ -26,8 +26,9 @@ def found(folder: Path, policy: Path | None = None, **engine: Any) -> list[tuple
 def test_a_bundle_that_runs(folder: Path) -> None:
     pytest.importorskip("torch")
     findings = found(folder, backend="torch", device="cpu", threads=1)
+    assert [subject for _, subject, _ in findings] == ["decode", "bundle", "policy", "policy", "engine"]
+    findings = findings[1:]
     assert {level for level, _, _ in findings} == {"ok"}
-    assert [subject for _, subject, _ in findings] == ["bundle", "policy", "policy", "engine"]
     assert findings[2][2].startswith("tenant default: ai_generated from 0.5, review from ")
     assert findings[3][2].startswith("torch on cpu: ready in ")
 
@@ -53,9 +54,20 @@ def test_a_damaged_bundle_is_named(folder: Path, tmp_path: Path) -> None:
     for path in folder.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
     (damaged / "heads.safetensors").write_bytes(b"x")
-    (finding,) = [f for f in found(damaged) if f[1] != "policy"]
+    (finding,) = [f for f in found(damaged) if f[1] not in ("policy", "decode")]
     assert finding[:2] == ("problem", "bundle")
     assert "heads.safetensors" in finding[2]
+
+
+@pytest.mark.parametrize(
+    ("library", "level", "words"),
+    [("/x/libjpeg-6dc8d115.so.62.4.0", "ok", "by libjpeg-6dc8d115"), (None, "note", "decoded whole")],
+)
+def test_how_jpegs_are_decoded_is_told(monkeypatch: pytest.MonkeyPatch, library: str | None, level: str, words: str) -> None:
+    monkeypatch.setattr("engine.jpeg_region.library", lambda: library)
+    finding = probes.decoding()
+    assert (finding.level, finding.subject) == (level, "decode")
+    assert words in finding.message
 
 
 def replicated(replicas: int) -> dict[str, dict[str, Any]]:
