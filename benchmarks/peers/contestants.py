@@ -47,7 +47,7 @@ def _litserve(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str
     url = f"http://127.0.0.1:{port}/predict"
     return [
         (_python("litserve_app"), _environment(bootstrap, model, PEER_PORT=port)),
-        (_python("http_consumer"), _environment(bootstrap, model, PEER_URL=url)),
+        (_python("http_consumer"), _environment(bootstrap, model, PEER_URL=url, PEER_JSON="1")),
     ]
 
 

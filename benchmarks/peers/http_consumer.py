@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 
@@ -11,6 +12,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 URL = os.environ["PEER_URL"]
 AT_ONCE = 64
+AS_JSON = "PEER_JSON" in os.environ
+"""LitServe hands JSON to its workers, Mosec takes bytes."""
 
 
 async def main() -> None:
@@ -24,7 +27,8 @@ async def main() -> None:
         room = asyncio.Semaphore(AT_ONCE)
 
         async def judge(event_id: str, image: bytes) -> None:
-            async with room, http.post(URL, data=image, raise_for_status=True) as answer:
+            body = {"json": {"image": base64.b64encode(image).decode()}} if AS_JSON else {"data": image}
+            async with room, http.post(URL, raise_for_status=True, **body) as answer:
                 score = json.loads(await answer.read())["score"]
             verdict = {"event_id": event_id, "score": score}
             await producer.send_and_wait("image.verdicts", json.dumps(verdict).encode())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from typing import Any
 
 import litserve
 import numpy as np
-from fastapi import Request
 
 from benchmarks.peers.model import Model, crop
 
@@ -18,8 +18,8 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
     def setup(self, device: Any) -> None:
         self.model = Model()
 
-    async def decode_request(self, request: Request) -> np.ndarray:
-        return crop(await request.body())
+    def decode_request(self, request: dict[str, str]) -> np.ndarray:
+        return crop(base64.b64decode(request["image"]))
 
     def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
         return np.stack(inputs)
@@ -37,5 +37,5 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
 if __name__ == "__main__":
     api = Api(max_batch_size=32, batch_timeout=0.005)
     litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=60, fast_queue=True).run(
-        host="127.0.0.1", port=int(os.environ["PEER_PORT"]), num_api_servers=2, log_level="warning", generate_client_file=False
+        host="127.0.0.1", port=int(os.environ["PEER_PORT"]), log_level="warning", generate_client_file=False
     )
