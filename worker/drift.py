@@ -29,7 +29,7 @@ _SMALLEST_STD = 1e-6
 
 
 class DriftMonitor:
-    """Follows one model from the engine's thread, which is the only one to call it; sets the gauges every few seconds."""
+    """Follows one model; called by the one thread that calls its engine. Sets the gauges every few seconds."""
 
     def __init__(self, reference: Reference, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._mean = np.array(reference.embedding_mean)

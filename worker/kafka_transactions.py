@@ -28,6 +28,7 @@ from kafka.structs import OffsetAndMetadata
 
 from worker.errors import ConfigurationError, DependencyError
 from worker.kafka_clients import describe, open_admin, open_producer
+from worker.kafka_refusals import REFUSALS
 from worker.kafka_workarounds import discard, keep_requests
 from worker.settings import KafkaSettings, environment_name
 
@@ -39,16 +40,6 @@ if TYPE_CHECKING:
 WAIT_MS = 50
 RETRY_BACKOFF_MS = 20
 """A transaction that begins while the markers of the last one are being written is told to ask again: nearly every one."""
-REFUSALS = (
-    kafka_errors.AuthorizationError,
-    kafka_errors.SaslAuthenticationFailedError,
-    kafka_errors.UnsupportedVersionError,
-    kafka_errors.UnsupportedCompressionTypeError,
-    kafka_errors.InvalidTopicError,
-    kafka_errors.InvalidRecordError,
-    kafka_errors.InvalidTimestampError,
-    kafka_errors.PolicyViolationError,
-)
 NEEDED_APIS = {
     "InitProducerId": 22,
     "AddPartitionsToTxn": 24,

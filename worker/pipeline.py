@@ -352,7 +352,7 @@ class Pipeline:
     # -- engine thread -------------------------------------------------------------------------------------------
 
     def engine_loop(self) -> None:
-        """Run batches on the device until the batcher is closed and empty; the only thread that touches the device.
+        """Run batches until the batcher is closed and empty; this thread and the batcher's own alone touch the device.
 
         Raises:
             DependencyError: the device failed; no image is blamed for it, nothing in flight is committed.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 from kafka import errors as kafka_errors
 
-from worker import envelopes
+from worker import envelopes, kafka_refusals
 from worker.clock import Clock, Deadline
 from worker.errors import DependencyError
 from worker.items import Delivery, Headers, Record
@@ -33,17 +33,7 @@ Receipt = Callable[[], None]
 
 LONG_KEY_BYTES = 4_096
 TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
-REFUSALS = (
-    kafka_errors.AuthorizationError,
-    kafka_errors.SaslAuthenticationFailedError,
-    kafka_errors.UnsupportedVersionError,
-    kafka_errors.UnsupportedCompressionTypeError,
-    kafka_errors.InvalidTopicError,
-    kafka_errors.InvalidRecordError,
-    kafka_errors.InvalidTimestampError,
-    kafka_errors.PolicyViolationError,
-    kafka_errors.ProducerFencedError,
-)
+REFUSALS = (*kafka_refusals.REFUSALS, kafka_errors.ProducerFencedError)
 """No re-send cures these: the worker ends."""
 
 
