@@ -1,10 +1,11 @@
 """Fill in the hardware table: every path that runs on this machine, images a second and latency by batch size.
 
-    python -m benchmarks.engine_gpu [--bundle FOLDER] [--batch-sizes 1,8,32,128,512] [--seconds 3]
+    python -m benchmarks.engine_gpu [--bundle FOLDER] [--batch-sizes 1,8,32,128,512] [--seconds 3] [--events 2000]
 
 On a GPU: torch eager, torch.compile and a CUDA graph, TensorRT and TensorRT-RTX (one batch at a time, and two under way), each
 with the share of what a large half-precision matrix product reaches on the same device. On the CPU: OpenVINO and torch in float32
-and bfloat16, in turns, so that all see the same load. What cannot run is named with its reason. Results go to
+and bfloat16, in turns, so that all see the same load. Last a worker end to end, with the default backend of the machine. What
+cannot run is named with its reason. Results go to
 benchmarks/results/engine-<device>.json; the table is Markdown, ready for the README.
 """
 
@@ -23,10 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import record
+from benchmarks import pipeline, record
 from engine import backends
 from engine.backends.base import CROP_SHAPE, BackendUnavailable, OutOfDeviceMemory
 from engine.bundle import Bundle, load, packaged
+from engine.detector import Detector
 
 FLOPS_PER_IMAGE = 2 * 1.26e9
 """Of the encoder, multiplications and additions (CoDE's ViT-Tiny/16 at 224 px)."""
@@ -223,6 +225,17 @@ def ratios(figures: list[Figure]) -> dict[str, dict[int, float]]:
     }
 
 
+def worker(events: int) -> dict[str, Any]:
+    """A worker with the machine's default backend over `events` inline JPEGs, from broker to verdict.
+
+    Returns `backend`, `device`, `events_per_s` and `cpu_s_per_1000` (all of the worker's processes).
+    """
+    with Detector.open(backend="auto") as detector:
+        chosen = {"backend": detector.backend_name, "device": detector.device}
+    whole = pipeline.path(pipeline.jpegs(events), "worker run", warm_up=min(500, events // 4))
+    return chosen | {name: whole[name] for name in ("events_per_s", "cpu_s_per_1000", "events")}
+
+
 def markdown(device: str, figures: list[Figure], missing: list[Missing]) -> str:
     """The table of one device: a row a path, a column a batch size (images a second, milliseconds a batch)."""
     sizes = sorted({figure.batch_size for figure in figures})
@@ -244,6 +257,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="model bundle; default: the packaged one")
     parser.add_argument("--batch-sizes", default="", help="default: 1,8,32,128,512 on a GPU, 1,8,32 on the CPU")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each path and size; default: 3")
+    parser.add_argument("--events", type=int, default=2000, help="of the worker end to end; 0: leave it out; default: 2000")
     parser.add_argument("--cpu", action="store_true", help="the CPU paths, also where there is a GPU")
     arguments = parser.parse_args()
     from engine.backends.cuda_driver import CudaDriver
@@ -265,11 +279,14 @@ def main() -> None:
         "figures": [asdict(figure) for figure in figures],
         "missing": [asdict(row) for row in missing],
         "ratios": {} if on_gpu else ratios(figures),
+        "worker": worker(arguments.events) if arguments.events else None,
     }
     path = record.write("engine-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-"), result)
     print(markdown(device, figures, missing))
     for row in missing:
         print(f"not measured: {row.path}: {row.reason}")
+    if whole := result["worker"]:
+        print(f"worker end to end, {whole['backend']} on {whole['device']}: {whole['events_per_s']:,.0f} events/s")
     for name, by_size in result["ratios"].items():
         print(f"{name}: " + ", ".join(f"{ratio:.2f} at {size}" for size, ratio in by_size.items()))
     print(path)

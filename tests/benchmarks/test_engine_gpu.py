@@ -53,3 +53,11 @@ def test_the_table() -> None:
         "| a | 1,234 (0.8 ms) | 9,876 (3.2 ms) | 41% |",
         "| b | — | — | |",
     ]
+
+
+@pytest.mark.slow
+def test_a_worker_end_to_end() -> None:
+    whole = engine_gpu.worker(40)
+    assert whole["backend"] in {"openvino", "torch", "tensorrt", "tensorrt_rtx"}
+    assert whole["events_per_s"] > 0
+    assert whole["cpu_s_per_1000"] > 0
