@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import Literal
 
 import structlog
@@ -30,6 +27,7 @@ from worker.metrics import Metrics
 from worker.outcomes import Delayed, Engine, Waiting
 from worker.pipeline import Pipeline, Stages
 from worker.settings import Settings
+from worker.signals import ending_on_signals
 from worker.stages.cache import ScoreCache
 from worker.stages.circuit import DeadLetterCircuit
 from worker.stages.consume import Consumer, ConsumerObserver
@@ -151,7 +149,7 @@ class App:
         """
         process_memory.settle()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._signals())
+            stack.enter_context(ending_on_signals(self._stopping.is_set, self._stopping.set))
             health = Health(self._clock, stale_after_s=self._settings.kafka.max_poll_interval_ms / 1000)
             server = HealthServer(self._settings.http, health, self._metrics)
             server.start()
@@ -310,23 +308,6 @@ class App:
             self._pipeline.swap(engine)
 
         return take_over
-
-    # -- signals -------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first signal asks for a drain, the second ends the process at once with 130."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stopping.is_set():
-            os._exit(130)
-        self._stopping.set()
 
 
 def _batch_config(settings: Settings) -> BatchConfig:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
 from typing import Any
 
 import structlog
@@ -39,6 +36,7 @@ from worker.console.signing import Signer
 from worker.console.uploads import Uploads
 from worker.errors import ConfigurationError, FatalError
 from worker.settings import Settings, environment_name
+from worker.signals import ending_on_signals
 
 log = structlog.get_logger(__name__)
 
@@ -156,17 +154,11 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """The first signal asks to end, the second ends at once with 130; uvicorn would raise the first one again."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        """Instead of uvicorn's, which would raise the first signal again."""
+        with ending_on_signals(lambda: self.should_exit, self._end):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            os._exit(130)
+    def _end(self) -> None:
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
