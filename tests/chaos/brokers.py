@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Protocol
 
@@ -40,6 +42,7 @@ class Brokers(Protocol):
 
     def kill(self, node: int) -> None: ...
     def restart(self, node: int) -> None: ...
+    def restart_all(self) -> None: ...
     def stop(self, node: int) -> None: ...
     def resume(self, node: int) -> None: ...
     def move_leaders(self, settings: KafkaSettings, seed: float) -> bool:
@@ -68,15 +71,40 @@ class ApacheBrokers:
         self._run("kill", node)
 
     def restart(self, node: int) -> None:
-        """Start it again and wait until it listens. The script waits a minute, which is not enough on a busy machine."""
+        """Start it again and wait until it listens."""
+        with self._lock:
+            self._restart(node)
+
+    def restart_all(self) -> None:
+        """Start every node before any is waited for: one alone finds no majority of controllers, and gives up after a minute."""
+        with self._lock, ThreadPoolExecutor(self.nodes) as pool:
+            starts = []
+            for node in range(self.nodes):
+                before = self._process_ids().get(node)
+                starts.append(pool.submit(self._restart, node))
+                while self._process_ids().get(node, before) == before and not starts[-1].done():
+                    time.sleep(0.1)  # the script notes each node's process id in one file: not two at a time
+            for start in starts:
+                start.result()
+
+    def _process_ids(self) -> dict[int, int]:
+        """By node, as the script has noted them; empty while it writes."""
         try:
-            return self._run("restart", node)
+            noted = json.loads((self._cluster.folder / "state.json").read_text())["pids"]
+        except ValueError:
+            return {}
+        return {int(name) - 1: pid for name, pid in noted.items()}
+
+    def _restart(self, node: int) -> None:
+        """The script waits a minute, which is not enough on a busy machine."""
+        try:
+            self._cluster.run("restart", str(node + 1))
         except subprocess.CalledProcessError:
             host, port = self.bootstrap.split(",")[node].split(":")
             deadline = Deadline(RESTART_S)
             while not deadline.expired():
                 with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
-                    return None
+                    return
                 time.sleep(0.5)
             raise
 
@@ -125,6 +153,9 @@ class EmbeddedBrokers:
         raise NotImplementedError("it would lose everything")
 
     restart = kill
+
+    def restart_all(self) -> None:
+        raise NotImplementedError("it would have lost everything")
 
     def stop(self, node: int) -> None:
         self._signal(signal.SIGSTOP)

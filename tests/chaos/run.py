@@ -22,12 +22,14 @@ from engine.detector import Detector
 from tests.chaos import load
 from tests.chaos.books import Balance, Books, Disturbance, Offsets, Reader
 from tests.chaos.brokers import Brokers
+from tests.chaos.run_settings import kafka_settings, worker_settings
 from tests.chaos.schedule import Fault, draw
 from tests.chaos.workers import Workers
-from tests.conftest import unique_settings
 from worker.embedded import EmbeddedCache
 from worker.errors import DependencyError
-from worker.settings import KafkaSettings
+
+CACHE_USED_FROM = 10_000
+"""From so many events on some must have been found in the cache; else the run proves nothing about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +112,14 @@ class Run:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             plan = self.plan
-            self.settings = _kafka_settings(self.brokers.bootstrap, plan.delivery)
+            self.settings = kafka_settings(self.brokers.bootstrap, plan.delivery)
             self.brokers.prepare(self.settings, plan.partitions)
             self.cache = stack.enter_context(EmbeddedCache(max_memory_bytes=32 * 2**20))
+            self._open_cache()
             self.host = load.Host()
             stack.callback(self.host.close)
             self.plans = [load.plan(plan.seed, number, self.host.address) for number in range(plan.events)]
-            settings = _worker_settings(self.settings, self.cache.url) | plan.worker_settings
+            settings = worker_settings(self.settings, self.cache.url) | plan.worker_settings
             self.workers = Workers(plan.workers, self.folder, settings, plan.namespaces, self._prefix)
             stack.callback(self.workers.close)
             self.books = Books(self.plans, dict(map(_scores, self._bundles)))
@@ -170,6 +173,8 @@ class Run:
         problems = [*balance.problems, *self._exit_problems(codes), *self._log_problems()]
         if self.failures:  # the run was cut short: what is missing in the books says nothing
             problems, behind = [f"the run itself failed: {failure}" for failure in self.failures], {}
+        if self.books.accounted >= CACHE_USED_FROM and not metrics.get('cache_requests_total{result="hit"}'):
+            problems.append("the cache was never hit")
         if behind:
             problems.append(f"offsets are not where they belong: {behind}")
         return Report(
@@ -276,7 +281,7 @@ class Run:
             case "brokers_gone":
                 for node in range(brokers.nodes):
                     brokers.kill(node)
-                return lambda: [brokers.restart(node) for node in range(brokers.nodes)]
+                return brokers.restart_all
             case "leaders_move":
                 brokers.move_leaders(self.settings, fault.amount)
             case "cache_kill":
@@ -286,8 +291,8 @@ class Run:
                 os.kill(self.cache.pid or 0, signal.SIGSTOP)
                 return lambda: _resume(self.cache.pid)
             case "cache_full":
-                _limit_cache(self.cache, 1, "noeviction")
-                return lambda: _limit_cache(self.cache, 32 * 2**20, "allkeys-lru")
+                _configure(self.cache, {"maxmemory-policy": "noeviction", "maxmemory": 1})
+                return lambda: _configure(self.cache, {"maxmemory-policy": "allkeys-lru", "maxmemory": 32 * 2**20})
             case "network_cut":
                 cable = workers.slots[target].namespace
                 if cable is None:
@@ -303,15 +308,23 @@ class Run:
         while True:
             try:
                 self.cache.restart()
-                return
+                return self._open_cache()
             except DependencyError:  # the machine is busy
                 if time.monotonic() > deadline:
                     raise
 
+    def _open_cache(self) -> None:
+        """Let workers in other namespaces in: they come from another address than 127.0.0.1, which it refuses otherwise."""
+        if self.plan.namespaces:
+            _configure(self.cache, {"protected-mode": "no"})
+
     # -- looks
     def _metrics(self) -> dict[str, float]:
         """Counters that tell a story, summed over the workers that run now."""
-        wanted = ("events_duplicate", "events_stale", "rebalances", "commits", "decoder_restarts", "retries_total", "shared_inf")
+        wanted = (
+            *("events_duplicate", "events_stale", "rebalances", "commits", "decoder_restarts", "retries_total", "shared_inf"),
+            "cache_requests",
+        )
         found: Counter[str] = Counter()
         for number in range(self.plan.workers):
             for name, value in self.workers.metrics(number).items():
@@ -344,10 +357,10 @@ def _resume(pid: int | None) -> None:
             os.kill(pid, signal.SIGCONT)
 
 
-def _limit_cache(cache: EmbeddedCache, max_memory_bytes: int, policy: str) -> None:
-    with contextlib.closing(redis.Redis.from_url(cache.url, socket_timeout=5)) as client:
-        client.config_set("maxmemory-policy", policy)
-        client.config_set("maxmemory", max_memory_bytes)
+def _configure(cache: EmbeddedCache, options: dict[str, str | int]) -> None:
+    with contextlib.closing(redis.Redis.from_url(cache.url, socket_timeout=30)) as client:
+        for name, value in options.items():
+            client.config_set(name, value)
 
 
 def _scores(folder: Path) -> tuple[str, dict[int, float]]:
@@ -361,34 +374,6 @@ def _scores(folder: Path) -> tuple[str, dict[int, float]]:
         found[grey] = float(detector.combine(detector.infer(crops), 1).score)
     detector.close()
     return opened.manifest.version, found
-
-
-def _kafka_settings(bootstrap: str, delivery: str) -> KafkaSettings:
-    values = {"bootstrap_servers": tuple(bootstrap.split(",")), "delivery": delivery, "create_topics": False}
-    return unique_settings("", **values)
-
-
-def _worker_settings(kafka: KafkaSettings, cache_url: str) -> dict[str, object]:
-    return {
-        "KAFKA__BOOTSTRAP_SERVERS": ",".join(kafka.bootstrap_servers),
-        "KAFKA__GROUP_ID": kafka.group_id,
-        "KAFKA__UPLOAD_TOPICS": ",".join(kafka.upload_topics),
-        "KAFKA__VERDICT_TOPIC": kafka.verdict_topic,
-        "KAFKA__RETRY_TOPIC": kafka.retry_topic,
-        "KAFKA__DEAD_LETTER_TOPIC": kafka.dead_letter_topic,
-        "KAFKA__DELIVERY": kafka.delivery,
-        "KAFKA__SESSION_TIMEOUT_MS": 10_000,
-        "KAFKA__MAX_POLL_INTERVAL_MS": 60_000,
-        "KAFKA__REQUEST_TIMEOUT_MS": 10_000,
-        "CACHE__URL": cache_url,
-        "FETCH__ALLOW_PRIVATE_ADDRESSES": "true",
-        "FETCH__RETRY_DELAY_S": 0.5,
-        "FETCH__RETRY_DELAY_MAX_S": 4,
-        "FETCH__ATTEMPTS": 8,
-        "DECODE__PROCESSES": 1,
-        "DECODE__TIMEOUT_S": 4,
-        "SHUTDOWN__DRAIN_S": 30,
-    }
 
 
 def _longest_stall(samples: list[tuple[float, int]], begun: float) -> float:
