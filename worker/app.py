@@ -288,11 +288,14 @@ class App:
     # -- watchers ------------------------------------------------------------------------------------------------
 
     def _watch(self, policy: PolicyKeeper) -> None:
-        """Look for a new policy and a new bundle; both keep the old one when the new is wrong."""
+        """Look for a new policy and a new bundle; both keep the old one when the new is wrong. Beside that, tidy the heap."""
         settings = self._settings
-        next_policy = next_bundle = 0.0
+        next_policy = next_bundle = next_give_back = 0.0
         while not self._stopping.wait(0.5):
             now = self._clock.monotonic()
+            if now >= next_give_back:
+                next_give_back = now + process_memory.GIVE_BACK_INTERVAL_S
+                process_memory.give_back()
             if settings.policy.watch_s and now >= next_policy:
                 next_policy = now + settings.policy.watch_s
                 policy.reload_if_changed()
