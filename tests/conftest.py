@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import hypothesis
+import psutil
 import pytest
 
 from worker.embedded import EmbeddedBroker, EmbeddedCache
@@ -24,6 +28,7 @@ hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 
 BESIDE_THE_CHECKOUT = Path(__file__).parents[2] / "shared" / "kafka" / "cluster"
+SLOW_START_S = 300.0
 LARGE_RECORDS = ("--set", "message.max.bytes=30000000", "--set", "replica.fetch.max.bytes=30000000")
 
 # A shell's background job ignores Ctrl-C, and its children inherit that: the tests of Ctrl-C need it back.
@@ -117,6 +122,21 @@ def cluster_script(environ: Mapping[str, str] = os.environ) -> tuple[str | None,
     return named, ""
 
 
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_open(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 class KafkaCluster:
     """Apache Kafka in `folder`, driven by the script: `start("--nodes", "3")`, `run("kill", "2")`, `run("env")`."""
 
@@ -125,11 +145,13 @@ class KafkaCluster:
         self._script = script
 
     def start(self, *arguments: str) -> str:
-        """The bootstrap servers. A start that fails (a port taken meanwhile) is tried again."""
+        """The bootstrap servers. A start that fails (a port taken meanwhile) is tried again, one that is slow waited for."""
         for attempt in range(3):
             try:
                 return self.run("start", *arguments, *LARGE_RECORDS)
             except subprocess.CalledProcessError as error:
+                if self._listens(SLOW_START_S):
+                    return self.run("env")
                 self.__exit__()
                 if attempt == 2:
                     raise RuntimeError(f"Apache Kafka does not start: {error.stdout} {error.stderr}") from error
@@ -139,6 +161,19 @@ class KafkaCluster:
         """What the script prints."""
         command = [sys.executable, self._script, *arguments, "--dir", str(self.folder)]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout.strip()
+
+    def _listens(self, within_s: float) -> bool:
+        """Whether every node comes to listen after all: on a busy machine it takes longer than the script's minute."""
+        try:
+            state = json.loads((self.folder / "state.json").read_text())
+        except (OSError, ValueError):
+            return False  # it did not get so far as to start them
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline and all(map(_lives, state["pids"].values())):
+            if all(map(_is_open, state["ports"])):
+                return True
+            time.sleep(0.5)
+        return False
 
     def __enter__(self) -> KafkaCluster:
         return self

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
+from typing import TypeVar
 
 import psutil
 
@@ -13,6 +15,8 @@ from tests.chaos import load
 from tests.chaos.books import Disturbance
 from tests.chaos.run import Report, Run
 from tests.chaos.schedule import Fault
+
+T = TypeVar("T")
 
 LEAD = 3_000
 """So many events stand ready in the topic, so that the workers are the bottleneck."""
@@ -52,31 +56,52 @@ def members(run: Run, seconds: float, every_s: float = 10.0) -> Report:
     last = run.plan.workers - 1
     _go_on(run, 30)
     quiet = [_go_on(run, seconds / 3)]
-    present, began = True, time.time()
-    until = time.monotonic() + seconds
-    churned, churn_s = 0.0, 0.0
-    while time.monotonic() < until:
-        if present:
-            code = run.workers.retire(last)
-            if code:
-                run.failures.append(f"a worker that was told to leave ended with {code}")
-        else:
-            run.workers.employ(last)
-        present = not present
-        step = time.monotonic()
-        per_s = _go_on(run, every_s)
-        churned, churn_s = churned + per_s * (time.monotonic() - step), churn_s + time.monotonic() - step
+    began, since, before = time.time(), time.monotonic(), run.books.accounted
+    left = joined = 0
+    while time.monotonic() < since + seconds and not run.failures:
+        _leave(run, last)
+        left += 1
+        _go_on(run, every_s)
+        run.workers.employ(last)
+        joined += _join(run, last, every_s)
+    churn_per_s = (run.books.accounted - before) / (time.monotonic() - since)
     run.disturbances.append(Disturbance("members", began, time.time()))
-    run.workers.employ(last)
     _go_on(run, 30)
     quiet.append(_go_on(run, seconds / 3))
     rate.over = True
     run.watch(lambda: rate.uploader.done, begun)
     report = run.finish(rate.uploader, begun)
-    report.figures = {"quiet_per_s": quiet, "churn_per_s": churned / churn_s, "ratio": churned / churn_s / statistics.mean(quiet)}
-    if report.figures["ratio"] < 0.7:
-        report.problems.append(f"throughput fell to {report.figures['ratio']:.2f} of the quiet run's")
+    ratio = churn_per_s / statistics.mean(quiet)
+    report.figures = {"quiet_per_s": quiet, "churn_per_s": churn_per_s, "ratio": ratio, "left": left, "joined": joined}
+    if ratio < 0.7:
+        report.problems.append(f"throughput fell to {ratio:.2f} of the quiet run's")
+    if joined < left:
+        report.problems.append(f"the member left {left} times and came back {joined} times")
     return report
+
+
+def _leave(run: Run, number: int) -> None:
+    """Tell it to leave, and read on until it has."""
+    if code := _reading_on(run, lambda: run.workers.retire(number)):
+        run.failures.append(f"a worker that was told to leave ended with {code}")
+
+
+def _reading_on(run: Run, call: Callable[[], T]) -> T:
+    """What `call` returns; meanwhile the books are kept."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call)
+        while not future.done():
+            run.reader.look()
+        return future.result()
+
+
+def _join(run: Run, number: int, seconds: float) -> bool:
+    """Read on for so long, and until it has joined: on a busy machine a process takes longer to start. Whether it has."""
+    _go_on(run, seconds)
+    deadline = time.monotonic() + 120
+    while not (ready := run.workers.ready(number)) and time.monotonic() < deadline:
+        run.reader.look()
+    return ready
 
 
 def outage(run: Run, gone_s: float = 60.0) -> Report:
@@ -85,18 +110,18 @@ def outage(run: Run, gone_s: float = 60.0) -> Report:
     run.start()
     rate = FullRate(run)
     _go_on(run, 20)
-    before = run.books.accounted
-    run.hurt(Fault(0, "brokers_gone", 0, gone_s))
-    back = time.monotonic()
-    run.watch(lambda: run.books.accounted > before + LEAD, begun)
-    recovered_s = next(
-        (moment - back for moment, accounted in run.books.samples if accounted > before + 500 and moment > back), None
-    )
+    _reading_on(run, lambda: run.hurt(Fault(0, "brokers_gone", 0, gone_s)))
+    back, before = time.monotonic(), run.books.accounted
+    while run.books.accounted < before + LEAD and time.monotonic() < back + run.plan.patience_s:
+        run.reader.look()
+    recovered_s = next((moment - back for moment, accounted in run.books.samples if accounted > before and moment > back), None)
     _go_on(run, 20)
     rate.over = True
     run.watch(lambda: rate.uploader.done, begun)
     report = run.finish(rate.uploader, begun)
     report.figures = {"recovered_s": recovered_s}
+    if recovered_s is None:
+        report.problems.append(f"no verdict within {run.plan.patience_s:.0f} s after the brokers were back")
     if run.workers.exits and any(not one.wanted for one in run.workers.exits):
         report.problems.append("a worker had to be started again")
     return report
