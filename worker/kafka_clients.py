@@ -85,12 +85,12 @@ def consumer_options(settings: KafkaSettings, *, group: bool = True) -> dict[str
         "metrics_enabled": False,
     }
     if group:
-        from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+        from worker.kafka_assignor import EvenAssignor
 
         options |= {
             "group_id": settings.group_id,
             "group_instance_id": settings.group_instance_id,
-            "partition_assignment_strategy": (CooperativeStickyAssignor,),
+            "partition_assignment_strategy": (EvenAssignor,),
             "max_poll_interval_ms": settings.max_poll_interval_ms,
             "session_timeout_ms": settings.session_timeout_ms,
             "heartbeat_interval_ms": min(HEARTBEAT_MS, settings.session_timeout_ms // 3),

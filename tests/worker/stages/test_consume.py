@@ -207,16 +207,19 @@ def test_members_come_and_go_without_loss_and_without_double_work(kafka_settings
     total = 4_000
     with member(settings) as first, member(settings) as second:
         first.join()
-        writer = threading.Thread(target=produce, args=(settings, topic, values(total)))
+        writer = threading.Thread(target=produce, args=(settings, topic, values(total)[::2]))
         writer.start()
-        with in_background(first, room=50):
-            with in_background(second, room=50):
+        with in_background(first, room=80):
+            with in_background(second, room=80):
                 until(lambda: bool(second.consumer.assignment), lambda: time.sleep(0.05))
+                produce(settings, topic, values(total)[1::2])
                 until(lambda: len(first.seen) + len(second.seen) >= total, lambda: time.sleep(0.05))
             second.consumer.close(Deadline(5))
             until(lambda: len(first.consumer.assignment) == 6, lambda: time.sleep(0.05))
         writer.join()
         first.consumer.close(Deadline(5))
+        assert first.seen  # both had partitions of the uploads
+        assert second.seen
         assert sorted(first.seen + second.seen) == values(total)  # none lost, none twice
         assert first.observer.repeated == second.observer.repeated == 0
         assert ("revoked", 3) in first.observer.events
