@@ -20,7 +20,7 @@ from engine.images import ImageError, read
 from engine.preprocess import center_crop
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry
-from train.store import LIMITS, PixelStore
+from train.store import LIMITS, Item, PixelStore
 from train.views import base_image
 
 Rgb = NDArray[np.uint8]
@@ -78,7 +78,7 @@ def from_store(store: PixelStore, seed: int, copies: int, aligned: bool) -> Iter
     for number, item in enumerate(store.items):
         if item.pair >= 0 and not aligned:
             continue
-        facts = Facts(f"item-{number}", item.label, item.source, item.generator, item.group)
+        facts = _facts_of(number, item)
         for copy in range(copies):
             # An aligned fake draws what its real draws.
             rng = np.random.default_rng((seed, 41, item.pair if item.pair >= 0 else number, copy))
@@ -94,9 +94,13 @@ def from_pool(store: PixelStore, crops: Rgb, copies: int, aligned: bool) -> Iter
         raise DataError(f"the pool has {crops.shape[1] - 1} augmented crops an image, not {copies}; give another --copies")
     for number, item in enumerate(store.items):
         if item.pair < 0 or aligned:
-            facts = Facts(f"item-{number}", item.label, item.source, item.generator, item.group)
+            facts = _facts_of(number, item)
             # Copy 0 is the image as delivered.
             yield from ((crops[number, copy], facts) for copy in range(1, copies + 1))
+
+
+def _facts_of(number: int, item: Item) -> Facts:
+    return Facts(item.name or f"item-{number}", item.label, item.source, item.generator, item.group)
 
 
 class Encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 import numpy as np
@@ -17,6 +18,7 @@ DEGREE = 3
 COEF0 = 0.0
 GALLERY_PER_CLASS = 1500
 MAX_NAME_CHARS = 200
+SHA256 = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{48}\b")
 
 
 def fit(embedded: Embedded, *, gallery_per_class: int = GALLERY_PER_CLASS, seed: int = 0, c: float = C) -> Heads:
@@ -46,8 +48,11 @@ def fit(embedded: Embedded, *, gallery_per_class: int = GALLERY_PER_CLASS, seed:
 
 
 def gallery_name(facts: Facts) -> str:
-    """What a neighbour in the gallery is called where a decision is explained: source, generator and key, one printable line."""
-    text = " / ".join((facts.source, facts.generator, facts.key))
+    """What a neighbour in the gallery is called where a decision is explained: source, generator and key, one printable line.
+
+    Of a whole SHA-256 the first 16 digits; who decided a label is not in it.
+    """
+    text = " / ".join((facts.source, facts.generator, SHA256.sub(r"\1", facts.key)))
     return "".join(c if c.isprintable() else " " for c in text)[:MAX_NAME_CHARS]
 
 

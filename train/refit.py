@@ -124,7 +124,7 @@ def refit(champion: Heads, train: Embedded, labelled: Weighted, c: float = probe
         linear_bias=linear.bias,
         knn_gallery=unit_rows(everything.embedding[chosen]),
         knn_labels=everything.labels[chosen],
-        knn_ids=None,
+        knn_ids=tuple(probe.gallery_name(everything.facts[row]) for row in chosen.tolist()),
     )
     new_reals = labelled.rows.embedding[labelled.rows.labels == 0]
     if not len(new_reals):

@@ -25,13 +25,15 @@ from train.data import Damage, DataError, Entry, digest
 Rgb = NDArray[np.uint8]
 FORMAT = "code-store/1"
 SIDE_PX = 320
+NAME_CHARS = 16
 LIMITS = Limits(max_pixels=64_000_000, max_frames=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image of the store. `lossless`: its pixels carry no JPEG or WebP quantisation. `pair`: index of the real image
-    that an aligned fake was made from, else -1. `tables`: index into the store's quantisation tables, or -1."""
+    that an aligned fake was made from, else -1. `tables`: index into the store's quantisation tables, or -1. `name`: the first
+    16 digits of the file's SHA-256, with `#1` for a quarter and `+aligned` for an aligned fake; stores of before have none."""
 
     offset: int
     height: int
@@ -43,6 +45,7 @@ class Item:
     lossless: bool
     pair: int
     tables: int
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +124,11 @@ class _Writer:
         self._offset = 0
         self._chunks: list[bytes] = []
 
-    def add(self, rgb: Rgb, entry: Entry, *, label: int, generator: str, lossless: bool, pair: int = -1, tables: int = -1) -> int:
+    def add(self, rgb: Rgb, entry: Entry, *, label: int, generator: str, lossless: bool, name: str,
+            pair: int = -1, tables: int = -1) -> int:  # fmt: skip
+        height, width = rgb.shape[:2]
         self.items.append(
-            Item(self._offset, rgb.shape[0], rgb.shape[1], label, entry.source, generator, entry.group, lossless, pair, tables)
+            Item(self._offset, height, width, label, entry.source, generator, entry.group, lossless, pair, tables, name)
         )
         self._chunks.append(np.ascontiguousarray(rgb).tobytes())
         self._offset += rgb.size
@@ -140,24 +145,29 @@ def _add(writer: _Writer, entry: Entry, reconstruct: Callable[[Rgb], Rgb] | None
     rgb = decoded.frames[0]
     lossless = decoded.format == "PNG" or (decoded.format == "WEBP" and b"VP8L" in data[:64])
     tables = tables_of(data) if decoded.format == "JPEG" else None
+    name = (entry.sha256 or hashlib.sha256(data).hexdigest())[:NAME_CHARS]
     if entry.layout == "grid2x2":
         h, w = rgb.shape[0] // 2, rgb.shape[1] // 2
-        for part in (rgb[:h, :w], rgb[:h, w:], rgb[h:, :w], rgb[h:, w:]):
+        for number, part in enumerate((rgb[:h, :w], rgb[:h, w:], rgb[h:, :w], rgb[h:, w:])):
             # A quarter's origin may lie off the file's 8 px grid, which is fine: so does an upload that was cropped.
-            writer.add(_cut(part), entry, label=entry.label, generator=entry.generator, lossless=lossless)
+            quarter = f"{name}#{number}"
+            writer.add(_cut(part), entry, label=entry.label, generator=entry.generator, lossless=lossless, name=quarter)
         return
     number = -1
     if tables is not None and not entry.label:
         writer.tables.append(tables)
         number = len(writer.tables) - 1
     rgb = _cut(rgb)
-    real = writer.add(rgb, entry, label=entry.label, generator=entry.generator, lossless=lossless, tables=number)
+    real = writer.add(rgb, entry, label=entry.label, generator=entry.generator, lossless=lossless, name=name, tables=number)
     if reconstruct is None or entry.label:
         return
     fake = Image.fromarray(reconstruct(rgb))
     if tables is not None:
         fake = jpeg_tables(fake, tables.values, tables.subsampling)
-    writer.add(np.asarray(fake), entry, label=1, generator="aligned", lossless=tables is None, pair=real, tables=number)
+    aligned = f"{name}+aligned"
+    writer.add(
+        np.asarray(fake), entry, label=1, generator="aligned", lossless=tables is None, name=aligned, pair=real, tables=number
+    )
 
 
 def tables_of(data: bytes) -> Tables | None:

@@ -86,7 +86,7 @@ def test_heads_are_fitted_on_the_augmented_copies(store: Path) -> None:
     crops = pool.opened(opened, store / "pool")
     given = list(from_pool(opened, crops, COPIES - 1, aligned=False))
     plain = [number for number, item in enumerate(opened.items) if item.pair < 0]
-    assert len(given) == len(plain) * (COPIES - 1) and {facts.key for _, facts in given} == {f"item-{n}" for n in plain}
+    assert len(given) == len(plain) * (COPIES - 1) and {f.key for _, f in given} == {opened.items[n].name for n in plain}
     assert np.array_equal(given[1][0], crops[plain[0], 2])
     with pytest.raises(DataError, match="3 augmented crops an image, not 4"):
         list(from_pool(opened, crops, COPIES, aligned=False))

@@ -87,6 +87,9 @@ def test_rows_of_the_gallery_are_named_by_what_they_are(fitted) -> None:  # type
     np.testing.assert_allclose(heads.knn_gallery[row], unit, atol=1e-6)
     odd = Facts("a\nb" + "x" * 500, 1, "s", "g\x1b[2J", "s")
     assert probe.gallery_name(odd).startswith("s / g [2J / a bx") and len(probe.gallery_name(odd)) == 200
+    digest = "0123456789abcdef" * 4
+    quarter = Facts(f"{digest}#2", 1, "s", "g", "/private/folder")
+    assert probe.gallery_name(quarter) == "s / g / 0123456789abcdef#2", "no folder, and of a digest its first digits"
 
 
 def test_one_class_only_is_refused() -> None:

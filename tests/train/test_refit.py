@@ -44,6 +44,7 @@ def test_a_few_labels_are_learned_and_the_replay_is_not_forgotten() -> None:
     assert found(champion, unseen.embedding) < 0.8 < 0.95 < found(heads, unseen.embedding)
     assert found(heads, old.embedding[old.labels == 1]) > 0.98
     assert heads.knn_labels.sum() == champion.knn_labels.sum() + 20, "every label is in the gallery"
+    assert heads.knn_ids is not None and heads.knn_ids[-1] == "labels / labelled / l9-19", "and every row has a name"
     assert np.array_equal(heads.svm_dual, champion.svm_dual), "the one-class head learns from real images only"
     real = refit.refit(champion, TRAIN, refit.weigh(labelled(5, label=0), [""] * 5, TRAIN))
     assert not np.array_equal(real.svm_intercept, champion.svm_intercept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     for entry, item in zip(entries, store.items, strict=True):
         assert np.array_equal(store.pixels(item), np.asarray(Image.open(entry.path).convert("RGB")))
         assert item.lossless == (entry.path.suffix == ".png") and item.label == entry.label
+        assert item.name == hashlib.sha256(entry.path.read_bytes()).hexdigest()[:16]
     assert len(store.tables) == 6
 
 
@@ -32,6 +34,7 @@ def test_aligned_fakes_get_their_reals_quantisation(tmp_path: Path) -> None:
     assert len(pairs) == 6 and all(item.label == 1 and not item.lossless for item in pairs)
     fake = pairs[2]
     real = store.items[fake.pair]
+    assert fake.name == f"{real.name}+aligned"
     assert real.label == 0 and real.tables == fake.tables
     tables = store.tables[fake.tables]
     expected = jpeg_tables(Image.fromarray(255 - store.pixels(real)), tables.values, tables.subsampling)
@@ -45,7 +48,7 @@ def test_grids_become_quarters_and_large_images_are_cut_on_the_jpeg_grid(tmp_pat
     picture(2, 500, 400).save(large.path, quality=90)
     store, _ = build([large, dataclasses.replace(grid, layout="grid2x2")], tmp_path / "store")
     whole = np.asarray(Image.open(grid.path).convert("RGB"))
-    assert len(store.items) == 5
+    assert len(store.items) == 5 and [item.name[16:] for item in store.items] == ["", "#0", "#1", "#2", "#3"]
     assert np.array_equal(store.pixels(store.items[2]), whole[:240, 240:])
     decoded = np.asarray(Image.open(large.path).convert("RGB"))
     assert np.array_equal(store.pixels(store.items[0]), decoded[80 : 80 + SIDE_PX, 32 : 32 + SIDE_PX])
