@@ -7,6 +7,7 @@ Those of `refresh` stand in `train.refresh_commands`.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -85,8 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--pool", action="store_true", help="embed the crops of the run's pool instead of augmenting anew")
     two.add_argument("--no-aligned", action="store_true", help="leave the aligned fakes out")
     two.add_argument(
-        "--c", type=float, default=None, help="inverse regularisation of the linear head; default: the paper's 0.316"
+        "--c",
+        type=_c,
+        default=None,
+        help="inverse regularisation of the linear head; auto: the one that ranks sources left out of the fit best; default: the "
+        "paper's 0.316",
     )
+    _backend(two)
     two.add_argument("--seed", type=_at_least(0), default=0)
     two.set_defaults(run=_probe)
 
@@ -94,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     _data(three)
     _out(three)
     _version(three)
+    three.add_argument(
+        "--crops", choices=("center", "five"), default="center", help="as the worker that will serve it is set (ENGINE__CROPS)"
+    )
+    _backend(three)
     three.set_defaults(run=_calibrate)
 
     four = commands.add_parser("evaluate", help="measure a bundle by source and generator; writes report.json")
@@ -159,14 +169,27 @@ def _version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", required=True, help="version of the bundle, e.g. 2026.11.1")
 
 
+def _backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="torch", help="for embeddings: torch (fp32), openvino, tensorrt, auto")
+
+
+def _c(text: str) -> float | None:
+    """Above 0; None for auto is told by NaN, so that the default stays the paper's."""
+    if text == "auto":
+        return math.nan
+    value = float(text)
+    if not (0 < value < math.inf):
+        raise ValueError(text)
+    return value
+
+
 def _probe(args: argparse.Namespace) -> int:
     from train import probe, stages
 
-    c = probe.C if args.c is None else args.c
-    if not c > 0:
-        _parser().error("probe: --c must be above 0")
+    c = probe.C if args.c is None else None if math.isnan(args.c) else args.c
     given = f" --name {shlex.quote(args.name)} --copies {args.copies} --seed {args.seed}" + " --no-aligned" * args.no_aligned
-    given += f" --c {c:g}" * (c != probe.C) + " --pool" * args.pool
+    given += "" if args.c is None else f" --c {'auto' if c is None else format(c, 'g')}"
+    given += " --pool" * args.pool + f" --backend {args.backend}" * (args.backend != "torch")
     stages.write_facts(args.out, name=args.name, probe_arguments=given)
     folder = stages.run_probe(
         args.out,
@@ -178,7 +201,10 @@ def _probe(args: argparse.Namespace) -> int:
         on_image=_counter("embedded"),
         c=c,
         pooled=args.pool,
+        backend=args.backend,
     )
+    if c is None:
+        _say(str(stages.read_facts(args.out)["probe_c"]))
     _say(f"{folder}: heads fitted, not calibrated")
     return DONE
 
@@ -198,7 +224,11 @@ def _calibrate(args: argparse.Namespace) -> int:
     from train import stages
     from train.calibrate import certification
 
-    folder = stages.run_calibrate(args.out, args.data, args.version, _counter("embedded", 250))
+    given = f" --crops {args.crops}" * (args.crops != "center") + f" --backend {args.backend}" * (args.backend != "torch")
+    stages.write_facts(args.out, calibrate_arguments=given)
+    folder = stages.run_calibrate(
+        args.out, args.data, args.version, _counter("embedded", 250), crops=args.crops, backend=args.backend
+    )
     manifest = bundle.load(folder).manifest
     for head, named in manifest.thresholds.items():
         for name, t in named.items():

@@ -8,6 +8,7 @@ are over independent images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from engine.calibration import Calibration, Isotonic, Platt, Temperature
 from engine.heads import HEADS, Head
 from engine.manifest import Band, Threshold
+from engine.preprocess import Layout
 from train.metrics import clopper_pearson_upper, threshold_at_fpr, trials_to_certify
 
 TARGETS = {"fpr_0.01": 0.01, "fpr_0.001": 0.001}
@@ -28,12 +30,16 @@ Floats = NDArray[np.float64]
 
 
 def fit_method(method: str, raw: Floats, labels: NDArray[np.uint8]) -> Calibration:
-    """One calibration of raw scores float[n], classes weighted equally. method: temperature, platt or isotonic."""
+    """One calibration of raw scores float[n] or, of k crops, float[n, k], classes weighted equally; of several crops the mean
+    probability is fitted, as serving reports it (isotonic: each crop's own). method: temperature, platt or isotonic."""
     weights = _balanced(labels)
+    raw = raw.reshape(len(labels), -1)
     if method == "isotonic":
         from sklearn.isotonic import IsotonicRegression
 
-        model = IsotonicRegression(out_of_bounds="clip", y_min=0.01, y_max=0.99).fit(raw, labels, sample_weight=weights)
+        crops = raw.shape[1]
+        model = IsotonicRegression(out_of_bounds="clip", y_min=0.01, y_max=0.99)
+        model.fit(raw.ravel(), labels.repeat(crops), sample_weight=weights.repeat(crops))
         knots, first = np.unique(model.X_thresholds_.astype(np.float64), return_index=True)
         values = np.maximum.accumulate(model.y_thresholds_[first])
         return Isotonic(raw=tuple(knots.tolist()), probability=tuple(np.clip(values, 0, 1).tolist()))
@@ -44,7 +50,9 @@ def fit_method(method: str, raw: Floats, labels: NDArray[np.uint8]) -> Calibrati
     def nll(parameters: Floats) -> float:
         intercept = parameters[1] if method == "platt" else 0.0
         logit = np.exp(parameters[0]) * raw / scale + intercept
-        return float(np.sum(weights * np.logaddexp(0.0, np.where(labels == 1, -logit, logit))))
+        # Minus the log of the mean over crops of the probability of the right class.
+        right = -np.logaddexp(0.0, np.where(labels[:, None] == 1, -logit, logit))
+        return float(np.sum(weights * (np.log(raw.shape[1]) - np.logaddexp.reduce(right, axis=1))))
 
     found = minimize(nll, np.zeros(2 if method == "platt" else 1), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9})
     slope = float(np.exp(found.x[0])) / scale
@@ -68,7 +76,7 @@ def choose(
             fit, held = folds != fold, folds == fold
             if len(np.unique(labels[fit])) < 2 or not held.any():
                 continue
-            p = fit_method(method, raw[fit], labels[fit]).apply(raw[held].astype(np.float32)).astype(np.float64)
+            p = probabilities(fit_method(method, raw[fit], labels[fit]), raw[held])
             p = np.clip(p, 1e-6, 1 - 1e-6)
             total += float(np.sum(_balanced(labels)[held] * -np.log(np.where(labels[held] == 1, p, 1 - p))))
         losses[method] = total / len(labels)
@@ -78,7 +86,16 @@ def choose(
     return fit_method(best, raw, labels), losses
 
 
-def thresholds(probability: Floats, labels: NDArray[np.uint8], keys: Sequence[str]) -> dict[str, Threshold]:
+def probabilities(calibration: Calibration, raw: NDArray[Any]) -> Floats:
+    """float64[n] of raw scores [n], or the mean over crops of [n, k], as `Detector.combine` reports it."""
+    each = calibration.apply(raw.astype(np.float32).ravel()).astype(np.float64).reshape(raw.shape)
+    mean: Floats = each if each.ndim == 1 else each.mean(axis=1)
+    return mean
+
+
+def thresholds(
+    probability: Floats, labels: NDArray[np.uint8], keys: Sequence[str], crops: Layout = "center"
+) -> dict[str, Threshold]:
     """Thresholds on calibrated probabilities at the named FPRs, counted over images: of a real's copies the highest counts,
     of a generated image's copies the lowest. Each keeps off the scores of all copies, see `threshold_at_fpr`."""
     reals = _per_image(probability, labels == 0, keys, max)
@@ -95,6 +112,7 @@ def thresholds(probability: Floats, labels: NDArray[np.uint8], keys: Sequence[st
             reals=len(reals),
             tpr=float((fakes >= threshold).mean()),
             fakes=len(fakes),
+            crops=crops,
         )
     return found
 
@@ -110,16 +128,21 @@ def certification(threshold: Threshold) -> str:
 
 
 def calibrate(
-    raw: NDArray[np.float32], labels: NDArray[np.uint8], groups: Sequence[str], keys: Sequence[str]
+    raw: NDArray[np.float32],
+    labels: NDArray[np.uint8],
+    groups: Sequence[str],
+    keys: Sequence[str],
+    crops: Layout = "center",
 ) -> tuple[dict[Head, Calibration], dict[Head, dict[str, Threshold]], dict[Head, dict[str, float]]]:
-    """Calibrations, thresholds and cross-validated losses of all heads from raw scores float32[n, 3]."""
+    """Calibrations, thresholds and cross-validated losses of all heads from raw scores float32[n, 3], or float32[n, k, 3] of
+    images cut into k crops as `crops` says."""
     calibrations: dict[Head, Calibration] = {}
     named: dict[Head, dict[str, Threshold]] = {}
     losses: dict[Head, dict[str, float]] = {}
     for column, head in enumerate(HEADS):
-        scores = raw[:, column].astype(np.float64)
+        scores = raw[..., column].astype(np.float64)
         calibrations[head], losses[head] = choose(scores, labels, groups, logits=head == "linear")
-        named[head] = thresholds(calibrations[head].apply(raw[:, column]).astype(np.float64), labels, keys)
+        named[head] = thresholds(probabilities(calibrations[head], raw[..., column]), labels, keys, crops)
     return calibrations, named, losses
 
 

@@ -17,7 +17,7 @@ from engine.calibration import Platt
 from engine.detector import Detector
 from engine.heads import EMBEDDING_DIM, HEADS, Heads
 from engine.images import ImageError, read
-from engine.preprocess import center_crop
+from engine.preprocess import Layout, center_crop, crops
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry
 from train.store import LIMITS, Item, PixelStore
@@ -25,6 +25,7 @@ from train.views import base_image
 
 Rgb = NDArray[np.uint8]
 BATCH = 32
+FIVE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,10 @@ class Embedded:
     def labels(self) -> NDArray[np.uint8]:
         """uint8[n], 1 = AI-generated."""
         return np.array([f.label for f in self.facts], np.uint8)
+
+    def at(self, rows: NDArray[np.int64]) -> Embedded:
+        """These rows, in this order."""
+        return Embedded(self.embedding[rows], [self.facts[row] for row in rows.tolist()])
 
     def where(self, mask: NDArray[np.bool_]) -> Embedded:
         """The rows for which mask bool[n] holds."""
@@ -166,6 +171,29 @@ def embed(
     if waiting:
         parts.append(encoder(np.stack(waiting)))
     return Embedded(np.concatenate(parts) if parts else np.empty((0, 192), np.float32), facts)
+
+
+def embed_crops(
+    encoder: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    images: Iterable[tuple[Rgb, Facts]],
+    layout: Layout,
+    on_image: Callable[[int], None] | None = None,
+) -> tuple[Embedded, NDArray[np.int64]]:
+    """Every crop of RGB images, and for each image the rows of its crops, int64[n, 1 or 5]; one that fits into a single crop has
+    the same row five times. The centre crop comes first."""
+    rows: list[list[int]] = []
+
+    def cut() -> Iterator[tuple[Rgb, Facts]]:
+        start = 0
+        for rgb, facts in images:
+            pieces = crops(rgb, layout)
+            several = len(pieces) > 1 or layout == "center"
+            rows.append(list(range(start, start + len(pieces))) if several else [start] * FIVE)
+            start += len(pieces)
+            yield from ((piece, facts) for piece in pieces)
+
+    embedded = embed(encoder, cut(), on_image)
+    return embedded, np.array(rows, np.int64).reshape(len(rows), -1)
 
 
 def degraded(

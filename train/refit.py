@@ -1,11 +1,11 @@
 """Refits the three heads on the replay and a few newly labelled images, weighted so that neither side drowns the other.
 
 Ten to 150 labelled images recover much of what a new generator cost (arXiv 2501.08763, 2312.00195). Beside a replay of thousands
-they
-would not be heard at all, and with all the weight in the world they would be all that is heard; so:
+they would not be heard at all, and with all the weight in the world they would be all that is heard; so:
 
-* an image weighs `PER_IMAGE` replayed ones, and all labelled images of a class together at most `MAX_SHARE` of that class's
-  replay;
+* `WHOLE` labelled images of a class weigh as much as all of that class's replay, and more of them no more (`MAX_SHARE`); chosen
+  by leaving whole training sources of generated images out of the replay, and other sources of reals for the false positives
+  (docs/refresh.md, "Measured");
 * images that look alike to the encoder (cosine of at least `ALIKE`: re-encodings, resizes, a flood of one picture) share one
   weight;
 * what one reviewer decided weighs at most as much as `REVIEWER_IMAGES` images;
@@ -25,8 +25,8 @@ from engine.heads import Heads, unit_rows
 from train import probe, replay
 from train.embed import Embedded
 
-PER_IMAGE = 10.0
-MAX_SHARE = 0.25
+WHOLE = 50.0
+MAX_SHARE = 1.0
 ALIKE = 0.99
 REVIEWER_IMAGES = 50.0
 FOLDS = 5
@@ -71,12 +71,12 @@ def weigh(labelled: Embedded, reviewers: Sequence[str], train: Embedded, reviewe
     for name in set(names) - {""}:
         mine = np.array([other == name for other in names])
         images[mine] *= min(1.0, reviewer_images / images[mine].sum())
-    weights = images * PER_IMAGE
+    weights = images.copy()
     for label in (0, 1):
         of_class = labels == label
-        most = MAX_SHARE * int((train.labels == label).sum())
         if of_class.any():
-            weights[of_class] *= min(1.0, most / weights[of_class].sum())
+            share = min(images[of_class].sum() / WHOLE, MAX_SHARE)
+            weights[of_class] *= share * int((train.labels == label).sum()) / images[of_class].sum()
     contradictory = [facts.key for facts, keep in zip(labelled.facts, kept, strict=True) if not keep]
     return Weighted(rows, weights, groups, contradictory)
 

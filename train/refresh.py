@@ -106,6 +106,10 @@ def _locked(options: Options, say: Say) -> Outcome:
     champion = bundles.load(options.models)
     if champion.path == options.models:
         raise DataError(f"{options.models}: is a bundle itself; `refresh` needs a folder of versions with CURRENT")
+    if any(t.crops != "center" for named in champion.manifest.thresholds.values() for t in named.values()):
+        raise DataError(
+            f"{champion.path}: is calibrated for five crops, and `refresh` calibrates centre crops: use `probe` and `calibrate`"
+        )
     finished = _finish(options, champion)
     if finished is not None:
         return finished

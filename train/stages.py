@@ -24,11 +24,12 @@ from engine.calibration import Platt
 from engine.detector import Detector
 from engine.heads import HEADS
 from engine.manifest import Histogram, Parent, Reference
+from engine.preprocess import Layout
 from train import agreement, card, evaluate, probe, promote, replay, report_page, rollback, scoring, thumbnails
 from train import calibrate as calibration
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry, digest, licences, read_manifest, trained_sources
-from train.embed import Embedded, Encoder, degraded, embed, from_files, from_pool, from_store, load_encoder
+from train.embed import Embedded, Encoder, degraded, embed, embed_crops, from_files, from_pool, from_store, load_encoder
 from train.ladder import REPORTED, RUNGS
 from train.recipe import Recipe
 
@@ -142,10 +143,14 @@ def run_probe(
     aligned: bool,
     seed: int,
     on_image: OnCount,
-    c: float = probe.C,
+    c: float | None = probe.C,
     pooled: bool = False,
+    backend: str = "torch",
 ) -> Path:
-    """Fits the heads on OUT's store and writes an uncalibrated bundle; returns its folder. pooled: on the crops of its pool."""
+    """Fits the heads on OUT's store and writes an uncalibrated bundle; returns its folder. pooled: on the crops of its pool.
+
+    c: the linear head's inverse regularisation; None: chosen by `probe.choose_c`.
+    """
     from train import pool
     from train.store import PixelStore
 
@@ -155,7 +160,14 @@ def run_probe(
         images = from_pool(store, pool.opened(store, out / "store" / "pool"), copies, aligned)
     else:
         images = from_store(store, seed, copies, aligned)
-    embedded = embed(Encoder(weights, layer_norm_eps=LAYER_NORM_EPS), images, on_image)
+    embedded = embed(Encoder(weights, layer_norm_eps=LAYER_NORM_EPS, backend=backend), images, on_image)
+    if c is None:
+        try:
+            c, ranked = probe.choose_c(embedded)
+        except ValueError as exc:
+            raise DataError(f"{out / 'store'}: {exc}") from exc
+        told = ", ".join(f"{one:g}: {auroc:.3f}" for one, auroc in ranked.items())
+        write_facts(out, probe_c=f"C {c:g} of the linear head ranks sources that are left out of its fit best (AUROC at {told})")
     heads = probe.fit(embedded, seed=seed, c=c)
     scale = np.maximum(np.std(heads.raw_scores(embedded.embedding), axis=0), 1e-6)
     draft = bundles.Draft(
@@ -179,29 +191,37 @@ def run_probe(
     return folder
 
 
-def run_calibrate(out: Path, data: Path, version: str, on_image: OnCount) -> Path:
-    """Calibrates the probe's bundle on the validation images of trained sources; returns the calibrated bundle's folder."""
+def run_calibrate(
+    out: Path, data: Path, version: str, on_image: OnCount, *, crops: Layout = "center", backend: str = "torch"
+) -> Path:
+    """Calibrates the probe's bundle on the validation images of trained sources; returns the calibrated bundle's folder.
+
+    crops: as serving will cut images; of five, the mean probability is what is calibrated and what thresholds are on.
+    """
     loaded = bundles.load(out / "bundles" / f"{version}-probe")
     sources = trained_sources(data)
     entries = [e for e in read_manifest(data, "val") if e.source in sources]
     if not entries or len({e.label for e in entries}) < 2:
         raise DataError(f"{data}: no validation images of both classes from sources that are in training too")
     damage = Damage()
-    encoder = Encoder(loaded.encoder, layer_norm_eps=loaded.manifest.encoder.layer_norm_eps)
+    encoder = Encoder(loaded.encoder, layer_norm_eps=loaded.manifest.encoder.layer_norm_eps, backend=backend)
     images = list(from_files(entries, damage))
-    clean = embed(encoder, images, on_image)
-    copies = embed(encoder, degraded(images, lambda image, rng: PRESETS["platform"](image, rng, 1.0), seed=1), on_image)
+    clean, clean_rows = embed_crops(encoder, images, crops, on_image)
+    changed_images = degraded(images, lambda image, rng: PRESETS["platform"](image, rng, 1.0), seed=1)
+    copies, copies_rows = embed_crops(encoder, changed_images, crops, on_image)
     embedding = np.concatenate((clean.embedding, copies.embedding))
-    facts = clean.facts + copies.facts
+    rows = np.concatenate((clean_rows, copies_rows + len(clean.facts)))
+    facts = [(clean.facts + copies.facts)[row] for row in rows[:, 0].tolist()]
     labels = np.array([f.label for f in facts], np.uint8)
-    raw = loaded.heads.raw_scores(embedding)
+    raw = loaded.heads.raw_scores(embedding)[rows]
     # Photographs of one folder are independent of each other; generated images of one folder may share a prompt.
     groups = [f.group if f.label else f.key for f in facts]
-    calibrations, thresholds, losses = calibration.calibrate(raw, labels, groups, [f.key for f in facts])
+    calibrations, thresholds, losses = calibration.calibrate(raw, labels, groups, [f.key for f in facts], crops)
     draft = _draft_of(loaded)
     scores = {}
     for i, head in enumerate(HEADS):
-        counts, edges = np.histogram(calibrations[head].apply(raw[:, i]), bins=SCORE_BINS, range=(0.0, 1.0))
+        scored = calibration.probabilities(calibrations[head], raw[..., i])
+        counts, edges = np.histogram(scored, bins=SCORE_BINS, range=(0.0, 1.0))
         scores[head] = Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))
     reference = Reference(
         images=len(facts),
@@ -211,7 +231,9 @@ def run_calibrate(out: Path, data: Path, version: str, on_image: OnCount) -> Pat
     )
     changed = {"calibration": calibrations, "thresholds": thresholds, "abstain": dict.fromkeys(HEADS, calibration.ABSTAIN)}
     write_facts(out, calibration_losses=losses, calibration_skipped=str(damage))
-    replay.add(out, loaded.manifest.encoder.sha256, dict(zip(replay.CALIBRATE, (clean, copies), strict=True)))
+    # The centre crop comes first.
+    centres = (clean.at(clean_rows[:, 0]), copies.at(copies_rows[:, 0]))
+    replay.add(out, loaded.manifest.encoder.sha256, dict(zip(replay.CALIBRATE, centres, strict=True)))
     return _replaced(out / "bundles" / f"{version}-calibrated", bundles.Draft(**{**draft, **changed, "reference": reference}))
 
 

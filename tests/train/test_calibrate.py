@@ -93,3 +93,31 @@ def test_a_rate_is_certified_only_by_enough_reals(reals: int, errors: int, says:
     # The least n at which so few errors would be a surprise if the rate were above 1%.
     needed = next(n for n in range(errors + 1, 9999) if binom.cdf(errors, n, 0.01) <= 0.05)
     assert calibrate.certification(one) == says.format(needed)
+
+
+def test_of_five_crops_the_mean_probability_is_calibrated() -> None:
+    """An independent oracle: the loss of the fit is not above that of its neighbours, and equal crops are one crop."""
+    raw, labels = _logistic(400, 1.2, 0.3, seed=7)
+    crops = raw[:, None] + np.random.default_rng(8).normal(0, 1.5, (400, 5))
+    share = labels.mean()
+    weights = np.where(labels == 1, 0.5 / share, 0.5 / (1 - share))
+
+    def loss(slope: float, intercept: float) -> float:
+        mean = (1 / (1 + np.exp(-(slope * crops + intercept)))).mean(axis=1)
+        return float(-(weights * np.log(np.where(labels == 1, mean, 1 - mean))).sum())
+
+    found = calibrate.fit_method("platt", crops, labels)
+    assert isinstance(found, Platt)
+    best = loss(found.slope, found.intercept)
+    for slope, intercept in ((1.05, 0), (0.95, 0), (1, 0.05), (1, -0.05)):
+        assert best < loss(found.slope * slope, found.intercept + intercept)
+    alone, repeated = (calibrate.fit_method("platt", rows, labels) for rows in (raw, raw[:, None].repeat(5, axis=1)))
+    assert isinstance(alone, Platt) and isinstance(repeated, Platt)
+    assert repeated.slope == pytest.approx(alone.slope, rel=1e-3)
+    scores = np.repeat(crops[:, :, None], 3, axis=2).astype(np.float32)
+    keys = [str(i) for i in range(400)]
+    calibrations, named, _ = calibrate.calibrate(scores, labels, keys, keys, "five")
+    threshold = named["linear"]["fpr_0.01"]
+    assert threshold.crops == "five" and threshold.reals == int((labels == 0).sum())
+    mean = calibrations["linear"].apply(scores[..., 0].ravel()).reshape(400, 5).mean(axis=1)
+    assert (mean[labels == 0] >= threshold.threshold).mean() == pytest.approx(threshold.fpr) and threshold.fpr <= 0.01

@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 
 from tests.engine.bundles import random_encoder
 from tests.train.pictures import picture
-from train.embed import BATCH, Encoder, Facts, degraded, embed
+from train.embed import BATCH, Encoder, Facts, degraded, embed, embed_crops
 
 
 def _facts(key: str) -> Facts:
@@ -58,3 +58,18 @@ def test_degraded_copies_draw_by_their_number() -> None:
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(once, again, strict=True))
     assert any(not np.array_equal(a, b) for (a, _), (b, _) in zip(once, other, strict=True))
     assert [f.key for _, f in once] == ["0", "1", "2"]
+
+
+def test_of_five_crops_each_image_knows_its_rows() -> None:
+    images = [(np.full((300, 300, 3), 7, np.uint8), _facts("large")), (np.full((100, 90, 3), 9, np.uint8), _facts("small"))]
+    seen: list[np.ndarray] = []
+
+    def encoder(crops: np.ndarray) -> np.ndarray:
+        seen.append(crops)
+        return crops[:, 112, 112, :1].astype(np.float32).repeat(192, axis=1)
+
+    embedded, rows = embed_crops(encoder, images, "five")
+    assert rows.tolist() == [[0, 1, 2, 3, 4], [5] * 5] and embedded.embedding[:, 0].tolist() == [7] * 5 + [9]
+    assert [f.key for f in embedded.at(rows[:, 0]).facts] == ["large", "small"]
+    embedded, rows = embed_crops(encoder, images, "center")
+    assert rows.tolist() == [[0], [1]] and len(embedded.facts) == 2

@@ -95,3 +95,21 @@ def test_rows_of_the_gallery_are_named_by_what_they_are(fitted) -> None:  # type
 def test_one_class_only_is_refused() -> None:
     with pytest.raises(ValueError, match="real and generated"):
         probe.fit(_clouds({(1, "a"): 5}))
+
+
+def test_c_is_chosen_by_sources_that_were_left_out() -> None:
+    """Each source has a mark of its own, which a loose fit learns by heart; what all share is weak."""
+    rng = np.random.default_rng(3)
+    rows, facts = [], []
+    for label in (0, 1):
+        for source in range(4):
+            vectors = rng.standard_normal((40, 192)) + (2 * label - 1) * 0.06
+            vectors[:, 10 * (4 * label + source) : 10 * (4 * label + source) + 10] += 3
+            rows.append(vectors)
+            facts += [Facts(f"{label}{source}{i}", label, f"{label}-{source}", "g", "s") for i in range(40)]
+    data = Embedded(np.concatenate(rows).astype(np.float32), facts)
+    chosen, ranked = probe.choose_c(data, (1e-4, 1e-2, 10.0))
+    assert chosen == max(ranked, key=lambda c: ranked[c]) and ranked[chosen] > ranked[10.0]
+    lone = data.where(np.array([f.source in ("0-0", "1-0", "1-1") for f in facts]))
+    with pytest.raises(ValueError, match="two sources of each class"):
+        probe.choose_c(lone)

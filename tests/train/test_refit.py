@@ -68,9 +68,11 @@ def test_caps_of_a_reviewer_and_of_all_labels() -> None:
     names = ["ada"] * 90 + ["bob"] * 10
     weighted = refit.weigh(many, names, TRAIN, reviewer_images=10)
     assert weighted.weights[:90].sum() == pytest.approx(weighted.weights[90:].sum())
-    assert weighted.weights.sum() <= refit.MAX_SHARE * 150 + 1e-9
+    assert weighted.weights.sum() == pytest.approx(20 / refit.WHOLE * 150), "what ten and ten images may weigh"
+    everyone = refit.weigh(many, [""] * 100, TRAIN)
+    assert everyone.weights.sum() == pytest.approx(refit.MAX_SHARE * 150)
     few = refit.weigh(labelled(3, spread=3.0), [""] * 3, TRAIN)
-    assert few.weights.tolist() == [refit.PER_IMAGE] * 3
+    assert few.weights == pytest.approx([150 / refit.WHOLE] * 3)
 
 
 def test_groups_are_connected_by_cosines() -> None:

@@ -168,7 +168,7 @@ def test_flipped_labels_do_not_pass_the_gate(options: Options, monkeypatch: pyte
         return Embedded(vectors.astype("f4"), facts)
 
     monkeypatch.setattr(refresh_steps, "embed_labelled", like_a_fake)
-    monkeypatch.setattr("train.refit.PER_IMAGE", 1000.0)
+    monkeypatch.setattr("train.refit.WHOLE", 0.1)
     monkeypatch.setattr("train.refit.MAX_SHARE", 50.0)
     relabel(options, lambda records: [one | {"label": "authentic"} for one in records])
     outcome = refresh(options)
