@@ -215,8 +215,17 @@ class Desk:
         if verdict is not None:
             row |= {name: verdict[name] for name in ("event_id", "tenant", "label", "score", "uncertain", "reason")}
         elif latest is not None:
-            row |= {name: latest.content.get("verdict", {}).get(name) for name in ("event_id", "tenant", "label", "score")}
+            row |= _remembered(latest)
         return row
+
+
+def _remembered(decision: LabelRecord) -> dict[str, Any]:
+    """What a decision says of its verdict: others may write to the topic, and need not say anything."""
+    said = decision.content.get("verdict")
+    said = said if isinstance(said, dict) else {}
+    texts = {name: said.get(name) if isinstance(said.get(name), str) else None for name in ("event_id", "tenant", "label")}
+    score = said.get("score")
+    return texts | {"score": score if isinstance(score, int | float) and not isinstance(score, bool) else None}
 
 
 def _searched(entry: Entry) -> str:

@@ -145,3 +145,18 @@ def test_the_queue_holds_exactly_what_waits(steps: list[tuple[str, int, float]])
     listing = queue.listing("grace", 100)
     assert {int(row["entry"][7:], 16) for row in listing["entries"]} == expected
     assert listing["waiting"] == len(expected)
+
+
+@given(
+    st.none()
+    | st.lists(st.integers())
+    | st.dictionaries(st.sampled_from(["event_id", "label", "score"]), st.integers() | st.text())
+)
+def test_a_decision_that_says_nothing_of_its_verdict_is_listed(said: object) -> None:
+    """`train labels sample --publish` and other tools write to the topic too."""
+    queue = desk()
+    made = decision("ada")
+    queue.label(on(1, LabelRecord(made.kind, made.entry, made.by, made.at, made.record_id, made.content | {"verdict": said})))
+    (row,) = queue.decided()
+    assert row["decision"]["by"] == "ada"
+    assert all(row[name] is None or isinstance(row[name], str) for name in ("event_id", "tenant", "label"))

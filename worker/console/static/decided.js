@@ -42,7 +42,7 @@ export function open(main, { connected }) {
       h("td", { class: "optional" }, when(row.decision.at)),
       h("td", { class: "event" }, row.event_id ? h("a", { href: `#/why/${encodeURIComponent(row.event_id)}` }, row.event_id) : row.entry),
       h("td", { class: "optional" }, row.label ? badge(row.label) : "", h("span", { class: "quiet" }, ` ${score(row.score)}`)),
-      h("td", {}, badge(row.decision.label), h("span", { class: "quiet" }, ` ${row.decision.decision}`)),
+      h("td", {}, badge(row.decision.label), h("span", { class: "quiet" }, ` ${row.decision.decision || "assign"}`)),
       h("td", {}, row.decision.by),
       h("td", { class: "optional" }, REASONS[row.decision.why?.reason] || "", row.decision.why?.note ? h("span", { class: "quiet" }, ` ${row.decision.why.note}`) : null),
       h("td", {}, row.appeal ? h("span", { class: "badge review" }, "appealed") : row.decision.reverses ? h("span", { class: "badge" }, "reversed") : "",

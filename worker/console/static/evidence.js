@@ -78,10 +78,10 @@ export const REASONS = { artefacts: "Visible traces of generation", provenance: 
 export function history(item) {
   const text = (record) => {
     if (record.type === "decision") {
-      return [h("b", {}, record.by), ` decided `, badge(record.label), ` (${record.decision}${record.reverses ? ", reversing what was decided before" : ""}): `,
-        REASONS[record.why.reason] || record.why.reason, record.why.note ? `. ${record.why.note}` : ""];
+      return [h("b", {}, record.by), ` decided `, badge(record.label), ` (${record.decision || "assign"}${record.reverses ? ", reversing what was decided before" : ""}): `,
+        REASONS[record.why?.reason] || record.why?.reason || "no reason given", record.why?.note ? `. ${record.why.note}` : ""];
     }
-    if (record.type === "appeal") return [h("b", {}, record.by), ` appealed: ${record.note}`];
+    if (record.type === "appeal") return [h("b", {}, record.by), ` appealed: ${record.note || "no reason given"}`];
     return [h("b", {}, record.by), " skipped it"];
   };
   const records = item?.history || [];

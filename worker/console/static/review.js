@@ -169,7 +169,7 @@ export function open(main, { person, connected }, wanted) {
     const pick = (i) => { if (!form.disabled) { const radio = reasons[i].querySelector("input"); radio.checked = true; say(Object.values(REASONS)[i]); if (radio.value === "other") note.focus(); } };
     return {
       element: h("section", { class: "card decide" }, h("h2", { tabindex: "-1" }, item.appeal ? "Decide the appeal" : "Decide"),
-        item.appeal ? h("p", {}, h("b", {}, item.appeal.by), ` appealed: ${item.appeal.note}`) : null,
+        item.appeal ? h("p", {}, h("b", {}, item.appeal.by), ` appealed: ${item.appeal.note || "no reason given"}`) : null,
         item.count > 1 ? h("p", { class: "quiet" }, `${count(item.count)} uploads of this very image: the decision is for all of them.`) : null,
         person.may_decide ? form : h("p", { class: "quiet" }, "You may look; deciding takes the role reviewer."), holder, problem),
       keys: { ...Object.fromEntries(choices.map((each) => [each.key, each.run])), s: skipIt, ...Object.fromEntries(reasons.map((_, i) => [String(i + 1), () => pick(i)])) },
