@@ -50,6 +50,16 @@ def test_a_few_labels_are_learned_and_the_replay_is_not_forgotten() -> None:
     assert not np.array_equal(real.svm_intercept, champion.svm_intercept)
 
 
+def test_the_gallery_keeps_its_names_and_names_what_was_labelled() -> None:
+    new = labelled(20)
+    heads = refit.refit(probe.fit(TRAIN), TRAIN, refit.weigh(new, [""] * 20, TRAIN))
+    assert heads.knn_ids is not None and len(heads.knn_ids) == len(heads.knn_gallery)
+    assert heads.knn_ids[-20:] == tuple(probe.gallery_name(facts) for facts in new.facts)
+    known = {probe.gallery_name(facts): row for row, facts in zip(probe.unit_rows(TRAIN.embedding), TRAIN.facts, strict=True)}
+    for name, row in zip(heads.knn_ids[:-20], heads.knn_gallery[:-20], strict=True):
+        assert np.allclose(known[name], row)
+
+
 def test_look_alikes_share_one_weight_and_contradictions_teach_nothing() -> None:
     one = labelled(1).embedding
     flood = Embedded(np.concatenate((one + 0.01 * np.arange(30)[:, None], labelled(2, seed=11).embedding)).astype(np.float32),
