@@ -1,12 +1,17 @@
-"""What only the workers know (lag, batch sizes, events in flight), from their /metrics pages."""
+"""What only the workers know (lag, batch sizes, events in flight), from their /metrics pages.
+
+A name that stands for several addresses (a headless Service) is several workers; each of them is asked.
+"""
 
 from __future__ import annotations
 
+import socket
 import threading
 import urllib.error
 import urllib.request
 from collections import deque
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
@@ -63,11 +68,12 @@ class Fleet:
 
     def _run(self) -> None:
         while not self._stopping.wait(INTERVAL_S if self._summary else 0.5):
-            pages = [page for page in map(_page, self._urls) if page is not None]
+            workers = [address for url in self._urls for address in _addresses(url)]
+            pages = [page for page in map(_page, workers) if page is not None]
             self._readings.append(_reading(pages))
-            self._summary = self._summarised(len(pages))
+            self._summary = self._summarised(len(workers), len(pages))
 
-    def _summarised(self, answering: int) -> dict[str, Any]:
+    def _summarised(self, workers: int, answering: int) -> dict[str, Any]:
         latest, oldest = self._readings[-1], self._readings[0]
         grown = {name: max(0.0, value - oldest.get(name, 0.0)) for name, value in latest.items()}
         sizes: list[tuple[float, int]] = []
@@ -78,12 +84,33 @@ class Fleet:
             below = grown[name]
         reasons = {name.removeprefix(_REASONS + " "): round(grown[name]) for name in latest if name.startswith(_REASONS)}
         return {
-            "workers": len(self._urls),
+            "workers": workers,
             "answering": answering,
             "batch_sizes": [{"most": None if bound == float("inf") else int(bound), "batches": count} for bound, count in sizes],
             "batch_reasons": reasons,
             **{short: round(latest.get(short, 0)) for short in _GAUGES.values()},
         }
+
+
+def _addresses(url: str) -> list[str]:
+    """The pages behind an address: where its name has several IP addresses, one each. Of a machine that has addresses of both
+    families those of one are taken; https is left alone, since certificates are for names."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname in (None, "localhost"):
+        return [url]
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+    except OSError as error:
+        log.debug("console.metrics_unknown", error=str(error))
+        return [url]
+    families = {family: sorted({str(address[0]) for kind, *_, address in found if kind == family}) for family, *_ in found}
+    hosts = families.get(socket.AF_INET) or families.get(socket.AF_INET6) or []
+    return [_at(parts, host) for host in hosts] if len(hosts) > 1 else [url]
+
+
+def _at(parts: SplitResult, host: str) -> str:
+    literal = f"[{host}]" if ":" in host else host
+    return parts._replace(netloc=f"{literal}:{parts.port or 80}").geturl()
 
 
 def _page(url: str) -> str | None:

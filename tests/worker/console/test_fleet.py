@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from worker.console import fleet as fleet_module
 from worker.console.fleet import Fleet
 from worker.embedded import free_port
 from worker.errors import ConfigurationError
@@ -53,6 +55,32 @@ def test_sums_over_the_workers_that_answer() -> None:
         fleet.close()
         for server in servers:
             server.close()
+
+
+@pytest.mark.parametrize(
+    ("found", "asked"),
+    [
+        (["10.0.0.7", "10.0.0.5", "10.0.0.7"], ["http://10.0.0.5:8080/metrics", "http://10.0.0.7:8080/metrics"]),
+        (["fd00::1", "fd00::2"], ["http://[fd00::1]:8080/metrics", "http://[fd00::2]:8080/metrics"]),
+        (["10.0.0.5", "10.0.0.7", "fd00::1", "fd00::2"], ["http://10.0.0.5:8080/metrics", "http://10.0.0.7:8080/metrics"]),
+        (["10.0.0.5"], ["http://workers:8080/metrics"]),
+        ([], ["http://workers:8080/metrics"]),
+    ],
+)
+def test_a_name_with_several_addresses_is_several_workers(
+    found: list[str], asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Service of the workers has no address of its own: its name stands for every pod's."""
+
+    def resolved(host: str, port: int, **_: object) -> list[Any]:
+        if not found:
+            raise socket.gaierror(host)
+        families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in found]
+        return [(kind, socket.SOCK_STREAM, 6, "", (address, port)) for kind, address in zip(families, found, strict=True)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    assert fleet_module._addresses("http://workers:8080/metrics") == asked
+    assert fleet_module._addresses("https://workers:8080/metrics") == ["https://workers:8080/metrics"]
 
 
 def test_without_addresses_nothing_is_known() -> None:
