@@ -29,6 +29,8 @@ IMAGE_BYTES = 300_000
 """Of an upload, as it is fetched."""
 ENTRY_BYTES = 350
 """Of a cached score in Redis, its key and overhead included."""
+CORE_HOUR, GPU_HOUR = 0.04, 1.00
+"""Prices to show the sum with, in any currency: nobody's offer. Put in your own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,42 @@ def rows(costs: Costs, hits: float) -> list[tuple[str, list[str]]]:
     ]
 
 
+def million(costs: Costs, inference: float) -> list[tuple[str, str, float]]:
+    """What a million images take that are not cached, one crop each: resource, its arithmetic, hours.
+
+    Args:
+        inference: CPU seconds per 1,000 images where CPUs infer.
+    """
+    path = costs.main + costs.decoders
+    return [
+        ("CPU cores, path and decoders", f"1,000 x {path:.2f} / (3,600 x {USE})", 1000 * path / 3600 / USE),
+        ("a GPU", f"1,000,000 / (3,600 x {USE} x {GPU_IMAGES_PER_S:,})", 1e6 / 3600 / USE / GPU_IMAGES_PER_S),
+        ("or CPU cores for inference", f"1,000 x {inference:.2f} / (3,600 x {USE})", 1000 * inference / 3600 / USE),
+    ]
+
+
+def _million_lines(result: dict[str, Any], costs: Costs) -> list[str]:
+    figures = result["figures"]
+    inference = _number(figures["real_engine"]["cpu_s_per_1000"]) - _number(figures["null_engine"]["cpu_s_per_1000"])
+    table = million(costs, inference)
+    path, gpu, cpu = (hours for _, _, hours in table)
+    return [
+        "",
+        "A million images, none cached, one crop each. The last two lines are for images that are scored: times 1 - h",
+        "where a share h is cached, times 5 with five crops.",
+        "",
+        "| | arithmetic | hours |",
+        "|---|---|--:|",
+        *[f"| {name} | {arithmetic} | {hours:.3g} |" for name, arithmetic, hours in table],
+        "",
+        f"At {CORE_HOUR:.2f} a core hour and {GPU_HOUR:.2f} a GPU hour (examples; put in yours) that is "
+        f"{path * CORE_HOUR:.3f} + {gpu * GPU_HOUR:.3f} = **{path * CORE_HOUR + gpu * GPU_HOUR:.2f} a million with GPUs**,",
+        f"{path * CORE_HOUR:.3f} + {cpu * CORE_HOUR:.3f} = **{(path + cpu) * CORE_HOUR:.2f} with CPUs alone**: "
+        "brokers, cache, store and traffic not counted, and every core and GPU busy at",
+        f"{USE:.0%} around the clock. A GPU that waits costs the same: at 1,000 images a second it is used for a tenth.",
+    ]
+
+
 def page(result: dict[str, Any]) -> str:
     """The generated part of docs/scaling.md."""
     costs = Costs.of(result)
@@ -99,7 +137,7 @@ def page(result: dict[str, Any]) -> str:
             "|---|" + "--:|" * len(RATES),
         ]
         lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows(costs, hits)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_million_lines(result, costs)])
 
 
 def rewritten(text: str, result: dict[str, Any]) -> str:

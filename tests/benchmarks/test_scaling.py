@@ -30,3 +30,11 @@ def test_figures_of_several_runs_are_taken_by_their_median() -> None:
     stage = {"median": 1.0, "low": 0.9, "high": 1.2}
     result = {"figures": {"null_engine": {"cpu_s_per_1000_by_stage": {"python": stage, "decoder processes": 2.0}}}}
     assert scaling.Costs.of(result) == scaling.Costs(1.0, 2.0)
+
+
+def test_a_million_images_take_what_the_formula_says() -> None:
+    """docs/operations.md, sizing: device hours and core hours."""
+    path, gpu, cpu = (hours for _, _, hours in scaling.million(scaling.Costs(main=1.8, decoders=0.72), inference=12.6))
+    assert path == pytest.approx(1.0)
+    assert gpu == pytest.approx(1_000_000 / (0.7 * 10_232) / 3600)
+    assert cpu == pytest.approx(5.0)
