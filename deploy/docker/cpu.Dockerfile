@@ -13,7 +13,7 @@ COPY engine engine
 COPY models models
 COPY train train
 COPY worker worker
-RUN /opt/venv/bin/python -m pip install --constraint constraints.txt '.[openvino,console]'
+RUN /opt/venv/bin/python -m pip install --constraint constraints.txt '.[openvino,console,otel]'
 
 FROM ${PYTHON}
 RUN groupadd --gid 10001 worker && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin worker

@@ -19,7 +19,7 @@ COPY models models
 COPY train train
 COPY worker worker
 RUN echo "tensorrt==${TENSORRT}" >> constraints.txt \
-    && /opt/venv/bin/python -m pip install --constraint constraints.txt ".[${FLAVOUR}]"
+    && /opt/venv/bin/python -m pip install --constraint constraints.txt ".[${FLAVOUR},otel]"
 
 FROM ${PYTHON}
 RUN groupadd --gid 10001 worker && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin worker

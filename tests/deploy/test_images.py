@@ -62,13 +62,13 @@ def test_packages_are_pinned_by_the_constraints(dockerfile: Path) -> None:
     arguments = dict(rest.split("=", 1) for rest in named(dockerfile, "ARG"))
     extra = re.search(r"\.\[([^\]]+)\]", installs[0])
     assert extra is not None
-    wanted = {arguments["FLAVOUR"]} if extra[1] == "${FLAVOUR}" else {*extra[1].split(",")}
+    wanted = {arguments["FLAVOUR"] if name == "${FLAVOUR}" else name for name in extra[1].split(",")}
     assert wanted <= set(EXTRAS)
     assert not [rest for rest in named(dockerfile, "RUN") if re.search(r"curl|wget|apt-get|--index-url", rest)]
 
 
 def test_serving_images_hold_no_torch() -> None:
-    for name, extras in (("cpu", ["openvino", "console"]), ("tensorrt", ["tensorrt", "tensorrt-rtx"])):
+    for name, extras in (("cpu", ["openvino", "console", "otel"]), ("tensorrt", ["tensorrt", "tensorrt-rtx", "otel"])):
         assert (DEPLOY / "docker" / f"{name}.Dockerfile").exists()
         for extra in extras:
             assert not [requirement for requirement in EXTRAS[extra] if requirement.startswith("torch")]
@@ -113,7 +113,8 @@ def test_the_steps_of_the_cpu_image_give_a_worker_without_torch(tmp_path: Path) 
         assert done.returncode == 0, done.stderr[-2000:]
     python = tmp_path / "venv" / "bin" / "python"
     code = (
-        "import importlib.util, starlette, uvicorn, worker.app; assert importlib.util.find_spec('torch') is None\n"
+        "import importlib.util, starlette, uvicorn, opentelemetry.sdk, worker.app\n"
+        "assert importlib.util.find_spec('torch') is None\n"
         "from engine.detector import Detector\n"
         "import numpy as np\n"
         "with Detector.open(None, backend='openvino') as detector:\n"

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-import tempfile
-import tomllib
-from collections.abc import Callable
-from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
 
-from engine import bundle
-from engine.batching_policy import BatchConfig
-from engine.commands import build as build_command
+from tests.deploy.conftest import Read
 from tests.deploy.manifests import (
+    API_VERSIONS,
     K8S,
     KUSTOMIZATIONS,
     OVERLAYS,
-    ROOT,
+    VERSION,
     Resource,
     bytes_of,
     environment,
     one,
-    pod,
     pods,
     render,
     settings_map,
     text,
     worker,
+    workloads,
 )
-from train import __main__ as train_command
-from train import refresh_commands
-from train.labels_topic import options_from
 from worker import settings as settings_module
 from worker.app import JOIN_TIMEOUT_S, LEAVE_TIMEOUT_S
-from worker.console import pages as console_pages
 from worker.health import Health
 from worker.settings import Settings
 from worker.stages import policy_file
 
-API_VERSIONS = ("1.31", "1.33", "1.34")
 CUSTOM_KINDS = {
     "KafkaTopic",
     "PodMonitor",
@@ -60,34 +47,6 @@ SECRET_SETTINGS = {
     for field, inner in info.annotation.model_fields.items()  # type: ignore[union-attr]
     if "SecretStr" in str(inner.annotation)
 }
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-
-
-def workloads(name: str) -> list[Resource]:
-    return [spec for resource in render(name) if (spec := pod(resource)) is not None]
-
-
-Read = Callable[[str], Settings]
-
-
-@pytest.fixture
-def settings_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
-    """Reads the settings as a pod of an overlay does, with files for what its Secret must hold."""
-
-    def read(overlay: str) -> Settings:
-        values = environment(f"overlays/{overlay}")
-        secrets = Path(tempfile.mkdtemp(dir=tmp_path))
-        if "WORKER_KAFKA__SASL_MECHANISM" in values:
-            (secrets / "WORKER_KAFKA__SASL_USERNAME").write_text("someone")
-            (secrets / "WORKER_KAFKA__SASL_PASSWORD").write_text("something")
-        for variable in [*os.environ]:
-            if variable.startswith("WORKER_"):
-                monkeypatch.delenv(variable)
-        for variable, value in {**values, "WORKER_SECRETS_DIR": str(secrets)}.items():
-            monkeypatch.setenv(variable, value)
-        return settings_module.load()
-
-    return read
 
 
 # -- validity ------------------------------------------------------------------------------------------------------------
@@ -352,199 +311,3 @@ def test_topics_hold_the_largest_record_and_survive_a_broker(settings_of: Read) 
         assert 1 < spec["config"]["min.insync.replicas"] < spec["replicas"], name
         retention = spec["config"]["retention.ms"]
         assert retention == -1 or retention / 1000 > 10 * retry_s, name
-
-
-# -- GPUs, models, plans -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["overlays/production", "overlays/canary", "jobs/build-plans"])
-def test_gpu_pods_ask_for_the_same_gpus(name: str) -> None:
-    reference = one("overlays/production", "Deployment", "code-worker")["spec"]["template"]["spec"]
-    gpu = [spec for spec in workloads(name) if "nvidia.com/gpu" in spec["containers"][0]["resources"]["limits"]]
-    (workload,) = gpu
-    assert workload["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    assert workload["tolerations"] == reference["tolerations"]
-    assert workload["affinity"] == reference["affinity"], "a plan that is built for one product fits no other"
-    assert workload["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-
-
-def test_plans_are_built_for_the_sizes_and_where_the_worker_looks(settings_of: Read) -> None:
-    import argparse
-
-    settings = settings_of("production")
-    container = one("jobs/build-plans", "Job")["spec"]["template"]["spec"]["containers"][0]
-    assert container["args"][:2] == ["engine", "build"]
-    parser = argparse.ArgumentParser()
-    build_command.add_arguments(parser)
-    arguments = parser.parse_args(container["args"][2:])
-    sizes = {1, *settings.batch.preferred_sizes, settings.batch.max_batch_size}
-    assert set(arguments.sizes) == sizes
-    assert arguments.flavour == settings.engine.backend
-    assert arguments.plan_cache == settings.engine.plan_cache
-    assert arguments.bundle == settings.engine.bundle
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert (mounts["plans"], mounts["models"]) == (str(settings.engine.plan_cache), str(settings.engine.bundle))
-
-
-def test_claims_that_are_mounted_are_made_and_shared() -> None:
-    everything = [*render("overlays/production"), *render("training"), *render("refresh")]
-    made = {r["metadata"]["name"]: r["spec"] for r in everything if r["kind"] == "PersistentVolumeClaim"}
-    assert all(claim["accessModes"] == ["ReadWriteMany"] for claim in made.values())
-    for where, spec in pods():
-        for volume in spec.get("volumes", []):
-            claim = volume.get("persistentVolumeClaim")
-            assert claim is None or claim["claimName"] in made, where
-
-
-def test_the_image_of_a_backend_is_the_one_that_has_it(settings_of: Read) -> None:
-    for overlay, kind in (("dev", "cpu"), ("production", "tensorrt"), ("canary", "tensorrt")):
-        image = worker(f"overlays/{overlay}")["image"]
-        assert image.rpartition("/")[2] == f"code-worker-{kind}:{VERSION}"
-        dockerfile = (ROOT / "deploy/docker" / f"{kind}.Dockerfile").read_text()
-        backend = settings_of(overlay).engine.backend
-        assert re.search(rf"\.\[{backend}[\],]", dockerfile) or f"FLAVOUR={backend}" in dockerfile
-
-
-def test_the_settings_of_a_full_batch_make_sense(settings_of: Read) -> None:
-    for overlay in OVERLAYS:
-        settings = settings_of(overlay)
-        batch = settings.batch
-        BatchConfig(batch.max_batch_size, batch.preferred_sizes, batch.max_queue_delay_microseconds, batch.max_queue_size)
-        assert settings.kafka.max_in_flight >= 4 * batch.max_batch_size, "too few events in flight to fill batches"
-
-
-def test_the_first_model_is_put_onto_an_empty_volume_and_none_is_replaced(tmp_path: Path) -> None:
-    (container,) = workloads("jobs/seed-models")[0]["containers"]
-    models = tmp_path / "models"
-    models.mkdir()
-    (script,) = container["args"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for _ in range(2):
-        command = [*container["command"], script.replace("/models", str(models))]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        version = (models / "CURRENT").read_text().strip()
-        assert bundle.load(models).manifest.version == bundle.load(bundle.packaged()).manifest.version
-        (models / version / "MODEL_CARD.md").touch()
-    assert mounted(container) == {"/models", "/tmp"}
-
-
-def mounted(container: Resource) -> set[str]:
-    return {mount["mountPath"] for mount in container["volumeMounts"]}
-
-
-# -- console -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_console_would_start_with_what_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "overlays/production"
-    (container,) = one(name, "Deployment", "code-console")["spec"]["template"]["spec"]["containers"]
-    maps = {r["metadata"]["name"]: r["data"] for r in render(name) if r["kind"] == "ConfigMap"}
-    for variable in [*os.environ]:
-        if variable.startswith("WORKER_"):
-            monkeypatch.delenv(variable)
-    for source in container["envFrom"]:
-        for variable, value in maps[source["configMapRef"]["name"]].items():
-            monkeypatch.setenv(variable, value)
-    secrets = {
-        "KAFKA__SASL_USERNAME": "someone",
-        "KAFKA__SASL_PASSWORD": "something",
-        "CONSOLE__TOKENS": f"ada:reviewer:{'x' * 20}",
-    }
-    for secret, value in {**secrets, "CONSOLE__SIGNING_KEY": "y" * 40}.items():
-        (tmp_path / f"WORKER_{secret}").write_text(value)
-    monkeypatch.setenv("WORKER_SECRETS_DIR", str(tmp_path))
-    settings = settings_module.load()
-    assert container["args"] == ["worker", "console"] and container["image"].rpartition("/")[2] == f"code-worker-cpu:{VERSION}"
-    assert [port["containerPort"] for port in container["ports"]] == [settings.console.port]
-    assert settings.console.host == "0.0.0.0" and settings.console.auth == "token"
-    assert settings.engine.backend == "openvino" and settings.engine.device == "cpu", "its image has no TensorRT"
-    for path in (settings.engine.bundle, settings.policy.file, settings.kafka.ssl_cafile):
-        assert any(str(path).startswith(mount) for mount in mounted(container)), path
-    pages = {route.path for route in console_pages.ROUTES}
-    assert {container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")} <= pages
-    service = one(name, "Service", "code-console")["spec"]
-    labels = one(name, "Deployment", "code-console")["spec"]["template"]["metadata"]["labels"]
-    assert service["selector"].items() <= labels.items() and service["ports"][0]["targetPort"] == "http"
-
-
-# -- training ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_encoder_refresh_runs_commands_that_exist_one_at_a_time() -> None:
-    job = one("training", "CronJob")["spec"]
-    assert job["concurrencyPolicy"] == "Forbid"
-    (spec,) = workloads("training")
-    steps = [*spec["initContainers"], *spec["containers"]]
-    assert [step["name"] for step in steps] == ["pretrain", "probe", "calibrate", "evaluate", "promote"]
-    for step in steps:
-        arguments = step["args"][step["args"].index("train") + 1 :]
-        parsed = train_command._parser().parse_args(arguments)
-        assert parsed.command == step["name"]
-        assert str(parsed.out) == "/runs/$(VERSION)", "one folder for all steps"
-        assert [entry["name"] for entry in step["env"]] == ["VERSION"]
-    promoted = {mount["name"]: mount["mountPath"] for mount in steps[-1]["volumeMounts"]}["models"]
-    assert str(train_command._parser().parse_args(steps[-1]["args"][1:]).models) == promoted
-
-
-def test_a_refusal_by_the_gate_is_not_tried_again() -> None:
-    rules = one("training", "CronJob")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
-    failing = {code: rule["onExitCodes"].get("containerName") for rule in rules if rule["action"] == "FailJob"
-               for code in rule["onExitCodes"]["values"]}  # fmt: skip
-    assert failing == {train_command.NOT_PROMOTED: "promote", train_command.BAD: None}
-
-
-def test_what_training_promotes_is_what_workers_load(settings_of: Read) -> None:
-    (spec,) = workloads("training")
-    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"] if "persistentVolumeClaim" in v}
-    served = one("overlays/production", "Deployment", "code-worker")["spec"]["template"]["spec"]["volumes"]
-    mounted = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in served if "persistentVolumeClaim" in v}
-    assert claims["models"] == mounted["models"]
-    assert str(settings_of("production").engine.bundle) == "/models"
-
-
-def test_the_probe_refresh_reads_what_moderators_decide_and_writes_where_workers_look(settings_of: Read) -> None:
-    job = one("refresh", "CronJob")["spec"]
-    assert job["concurrencyPolicy"] == "Forbid"
-    (spec,) = workloads("refresh")
-    (container,) = spec["containers"]
-    parsed = train_command._parser().parse_args(container["args"][1:])
-    assert parsed.command == "refresh" and parsed.ok_if_kept, "keeping the champion is no failed job"
-    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"] if "persistentVolumeClaim" in v}
-    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    served = one("overlays/production", "Deployment", "code-worker")["spec"]["template"]["spec"]["volumes"]
-    assert claims[mounts[str(parsed.models)]] in [v.get("persistentVolumeClaim", {}).get("claimName") for v in served]
-    assert claims[mounts[str(parsed.work)]] == one("refresh", "PersistentVolumeClaim")["metadata"]["name"]
-    policy = one("refresh", "NetworkPolicy")["spec"]["podSelector"]["matchLabels"]
-    assert policy.items() <= job["jobTemplate"]["spec"]["template"]["metadata"]["labels"].items()
-
-
-def test_the_probe_refresh_uses_the_workers_kafka_settings(settings_of: Read) -> None:
-    (given,) = [r["data"] for r in render("refresh") if r["kind"] == "ConfigMap"]
-    options, kafka = options_from(given), settings_of("production").kafka
-    for name in given:
-        field = name.removeprefix("WORKER_KAFKA__").lower()
-        assert getattr(options, field) == (str(value) if isinstance(value := getattr(kafka, field), Path) else value), field
-    rules = one("refresh", "CronJob")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
-    assert [rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob"] == [[refresh_commands.BAD]]
-
-
-def test_the_nodes_of_a_large_training_run_the_same_command() -> None:
-    runtime, job = one("training-many-nodes", "TrainingRuntime"), one("training-many-nodes", "TrainJob")
-    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
-    (spec,) = workloads("training-many-nodes")
-    (container,) = spec["containers"]
-    assert container["args"][:2] == ["-m", "train"]
-    assert train_command._parser().parse_args(container["args"][2:]).command == "pretrain"
-
-
-@pytest.mark.parametrize("folder", ["training", "training-many-nodes"])
-def test_the_mounted_recipe_is_the_repositorys(folder: str) -> None:
-    assert (K8S / folder / "recipe.toml").read_bytes() == (ROOT / "train/recipes/cpu-tiny.toml").read_bytes()

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.manifests import ROOT, environment, one, worker
+from tests.deploy.kubelet import Container, Node, get
+from tests.deploy.manifests import one, render
 from tests.deploy.test_monitoring import DASHBOARD, expressions, panels
 from worker.embedded import EmbeddedBroker, EmbeddedCache
 from worker.samples import write_samples
@@ -38,16 +35,6 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-    except OSError as error:
-        return 0, str(error)
-
-
 def wait_for(what: str, condition: Callable[[], Any], seconds: float) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -58,75 +45,49 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float) -> Any:
     pytest.fail(f"{what}: not within {seconds} s")
 
 
-class Pod:
-    """The container's process, as the kubelet starts it; only addresses and paths are this machine's."""
-
-    def __init__(self, folder: Path, broker: EmbeddedBroker, cache: EmbeddedCache) -> None:
-        self.port = free_port()
-        policy = folder / "policy.toml"
-        policy.write_text(one(NAME, "ConfigMap", "code-worker-policy")["data"]["policy.toml"])
-        (folder / "secrets").mkdir()
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("WORKER_")},
-            **environment(NAME),
-            "WORKER_CACHE__URL": cache.url,
-            "WORKER_HTTP__HOST": "127.0.0.1",
-            "WORKER_HTTP__PORT": str(self.port),
-            "WORKER_KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap,
-            "WORKER_KAFKA__GROUP_ID": f"dev-{self.port}",
-            "WORKER_POLICY__FILE": str(policy),
-            "WORKER_SECRETS_DIR": str(folder / "secrets"),
-            "HOME": str(folder),
-        }
-        self.log = folder / "worker.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *worker(NAME)["args"]], cwd=ROOT, env=self.environment, stderr=log
-            )
-
-    def page(self, path: str) -> tuple[int, str]:
-        if self.process.poll() is not None:
-            pytest.fail(f"the worker ended with {self.process.returncode}: {self.log.read_text()[-2000:]}")
-        return get(f"http://127.0.0.1:{self.port}{path}")
-
-    def command(self, *arguments: str, timeout: float = 120) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "worker", *arguments],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-
 @pytest.fixture(scope="module")
-def pod(tmp_path_factory: pytest.TempPathFactory, broker: EmbeddedBroker, cache_server: EmbeddedCache) -> Iterator[Pod]:
-    pod = Pod(tmp_path_factory.mktemp("pod"), broker, cache_server)
+def pod(tmp_path_factory: pytest.TempPathFactory, broker: EmbeddedBroker, cache_server: EmbeddedCache) -> Iterator[Container]:
+    """The worker of the dev overlay; only addresses and ports are this machine's."""
+    port = free_port()
+    pod = Node(tmp_path_factory.mktemp("node"), render(NAME)).container(
+        one(NAME, "Deployment", "code-worker"),
+        WORKER_CACHE__URL=cache_server.url,
+        WORKER_HTTP__HOST="127.0.0.1",
+        WORKER_HTTP__PORT=str(port),
+        WORKER_KAFKA__BOOTSTRAP_SERVERS=broker.bootstrap,
+        WORKER_KAFKA__GROUP_ID=f"dev-{port}",
+    )
+    pod.start(f"http://127.0.0.1:{port}")
     try:
-        probe = worker(NAME)["startupProbe"]["httpGet"]["path"]
-        wait_for("startup probe", lambda: pod.page(probe)[0] == 200, 120)
+        wait_for("startup probe", lambda: pod.probe("startupProbe") == 200, 120)
         yield pod
     finally:
-        pod.process.kill()
-        pod.process.wait(10)
+        pod.kill()
 
 
-def test_probes_go_ready_and_events_get_their_verdicts(pod: Pod, tmp_path: Path) -> None:
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_probes_go_ready_and_events_get_their_verdicts(pod: Container, tmp_path: Path) -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert pod.page(worker(NAME)[probe]["httpGet"]["path"])[0] == 200, probe
+        assert pod.probe(probe) == 200, probe
     samples = write_samples(tmp_path)
-    pod.command("submit", "--inline", str(tmp_path))
-    lines = pod.command("watch", "--json", "--from-beginning", "--count", str(len(samples)), "--timeout", "90").splitlines()
+    said(pod.run("worker", "submit", "--inline", str(tmp_path)))
+    count = str(len(samples))
+    lines = said(pod.run("worker", "watch", "--json", "--from-beginning", "--count", count, "--timeout", "90"))
     assert len(lines) == len(samples)
     assert {json.loads(line)["model"]["backend"] for line in lines if json.loads(line)["score"] is not None} == {"openvino"}
 
 
-def test_prometheus_scrapes_it_evaluates_the_rules_and_the_dashboard_has_data(pod: Pod, tmp_path: Path) -> None:
+def test_prometheus_scrapes_it_evaluates_the_rules_and_the_dashboard_has_data(pod: Container, tmp_path: Path) -> None:
     prometheus = os.environ.get("PROMETHEUS") or shutil.which("prometheus")
     if prometheus is None:
         pytest.skip("prometheus is missing: Debian's package has it; or name it with PROMETHEUS")
     rules = tmp_path / "rules.yaml"
     rules.write_text(yaml.safe_dump(one("overlays/production", "PrometheusRule")["spec"]))
-    target = {"targets": [f"127.0.0.1:{pod.port}"], "labels": {"deployment": "dev", "namespace": "moderation-dev"}}
+    target = {"targets": [pod.url.removeprefix("http://")], "labels": {"deployment": "dev", "namespace": "moderation-dev"}}
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(rules)],
@@ -149,7 +110,7 @@ def test_prometheus_scrapes_it_evaluates_the_rules_and_the_dashboard_has_data(po
         query(base, "up", 30)
         (tmp_path / "images").mkdir()
         write_samples(tmp_path / "images", seed=11)
-        pod.command("submit", "--inline", str(tmp_path / "images"))
+        said(pod.run("worker", "submit", "--inline", str(tmp_path / "images")))
         query(base, 'sum(increase(code_worker_verdicts_total{source="engine"}[1m])) > 0', 60)
         empty = []
         for panel in panels():
@@ -176,12 +137,9 @@ def query(base: str, expression: str, seconds: float) -> list[Any]:
     return list(wait_for(expression, lambda: ask(base, expression), seconds))
 
 
-def test_a_termination_drains_within_the_grace_period(pod: Pod) -> None:
-    grace = one(NAME, "Deployment", "code-worker")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    started = time.monotonic()
-    pod.process.send_signal(signal.SIGTERM)
-    assert pod.process.wait(grace) == 0, pod.log.read_text()[-2000:]
-    assert time.monotonic() - started < grace
+def test_a_termination_drains_within_the_grace_period(pod: Container) -> None:
+    code, seconds = pod.terminate()
+    assert code == 0 and seconds < pod.grace_s, pod.tail()
 
 
 def test_the_dashboard_names_panels_that_may_be_empty() -> None:
