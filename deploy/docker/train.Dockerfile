@@ -1,4 +1,4 @@
-# Training, on GPUs or CPUs: torch.   docker build -f deploy/docker/train.Dockerfile -t code-worker-train:0.1.0 .
+# Training, on GPUs or CPUs: torch; and OpenVINO, so that the gate compares what serves with what was trained.   docker build -f deploy/docker/train.Dockerfile -t code-worker-train:0.1.0 .
 # The base is pinned by tag; whoever builds for production pins its digest: --build-arg PYTHON=python:3.11.13-slim-bookworm@sha256:…
 ARG PYTHON=python:3.11.13-slim-bookworm
 
@@ -11,7 +11,7 @@ COPY engine engine
 COPY models models
 COPY train train
 COPY worker worker
-RUN /opt/venv/bin/python -m pip install --constraint constraints.txt '.[train]'
+RUN /opt/venv/bin/python -m pip install --constraint constraints.txt '.[train,openvino]'
 
 FROM ${PYTHON}
 RUN groupadd --gid 10001 worker && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin worker
