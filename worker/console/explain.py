@@ -232,7 +232,7 @@ def _neighbours(bundle: Bundle, embedding: Any) -> list[dict[str, Any]]:
     nearest = np.argsort(-cosine)[:NEIGHBOURS]
     return [
         {
-            "id": heads.knn_ids[row] if heads.knn_ids else f"row {row}",
+            "id": heads.knn_ids[row] if heads.knn_ids else f"gallery row {row}",
             "label": "ai_generated" if heads.knn_labels[row] else "authentic",
             "cosine": round(float(cosine[row]), 4),
         }

@@ -21,7 +21,8 @@ import numpy as np
 
 from worker import kafka_clients
 from worker.clock import Deadline
-from worker.contracts.verdict import build_verdict
+from worker.console.labels import SPECVERSION
+from worker.contracts.verdict import build_verdict, rfc3339
 from worker.embedded import Child
 from worker.items import Decision, Event, ImageInfo, ModelRef, Position, Scores, Timings
 from worker.settings import KafkaSettings
@@ -53,7 +54,7 @@ class ConsoleProcess(Child):
     """`python -m worker console` with three people who may come in."""
 
     name = "console"
-    ready_timeout_s = 60.0
+    ready_timeout_s = 180.0
 
     def __init__(self, kafka: KafkaSettings, bundle: Path, policy: Path, log_file: Path, **more: str) -> None:
         super().__init__(log_file)
@@ -139,6 +140,13 @@ class Producer:
             key = found["event_id"].encode()
             self._producer.send(self._kafka.verdict_topic, key=key, value=json.dumps(found).encode())
         self._producer.flush(timeout=30)
+
+    def label(self, said: dict[str, Any]) -> None:
+        """A decision by others than the console, with the least that it must say, acknowledged."""
+        at = rfc3339(time.time())
+        record = {"specversion": SPECVERSION, "type": "decision", "record_id": str(uuid.uuid4()), "at": at, **said}
+        sent = self._producer.send(self._kafka.label_topic, key=said["entry"].encode(), value=json.dumps(record).encode())
+        sent.get(timeout=10)
 
     def close(self) -> None:
         """Close the client."""

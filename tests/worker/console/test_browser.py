@@ -23,6 +23,7 @@ def take(page: Any, found: dict[str, Any]) -> None:
     page.wait_for_function("id => document.querySelector('.facts')?.textContent.includes(id)", arg=found["event_id"])
 
 
+@pytest.mark.timing
 def test_verdicts_appear_within_a_second(open_page: OpenPage, producer: Producer) -> None:
     page = open_page("victor")
     page.wait_for_selector("#sample")
@@ -36,6 +37,7 @@ def test_verdicts_appear_within_a_second(open_page: OpenPage, producer: Producer
     assert sorted(taken)[2] < 1.0, taken
 
 
+@pytest.mark.timing
 def test_a_thousand_verdicts_a_second_are_counted_and_sampled(open_page: OpenPage, producer: Producer) -> None:
     page = open_page("victor")
     page.evaluate(
@@ -142,6 +144,22 @@ def test_why_shows_picture_heat_map_heads_neighbours_and_rule(open_page: OpenPag
     assert "nearest neighbours" in text
     assert "fake-" in text or "real-" in text
     assert "9.8 ms" in text
+
+
+def test_a_decision_by_other_tools_is_shown_with_what_it_says(
+    open_page: OpenPage, producer: Producer, console: ConsoleProcess
+) -> None:
+    """`train labels sample --publish` writes no verdict and no note; others may leave out the reason, too."""
+    found = producer.judged(seed=17, score=0.58)
+    wait_for(console, found)
+    unknown = "sha256:" + "0" * 64
+    for entry in (f"sha256:{found['image']['sha256']}", unknown):
+        producer.label({"entry": entry, "by": "importer", "label": "authentic", "previous": None, "verdict": None})
+    page = open_page("victor", "decided")
+    page.wait_for_selector(f"tr:has-text('{unknown}') >> text=importer")
+    page.goto(f"{console.url}/#/why/{found['event_id']}")
+    page.wait_for_selector(".history >> text=importer decided")
+    assert "no reason given" in page.inner_text(".history")
 
 
 def test_an_appeal_on_the_page_brings_the_image_back(open_page: OpenPage, producer: Producer, console: ConsoleProcess) -> None:
