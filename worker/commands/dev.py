@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.embedded import Child, EmbeddedBroker, EmbeddedCache, free_port
-from worker.errors import ConfigurationError, FatalError
+from worker.errors import ConfigurationError, DependencyError, FatalError
 from worker.settings import Settings, environment_name
 
 ONCE_TIMEOUT_S = 120.0
@@ -86,7 +86,7 @@ class _Console(Child):
     """`worker console` as a child that ends with this process."""
 
     name = "console"
-    ready_timeout_s = 60.0
+    ready_timeout_s = 180.0
 
     def _command(self) -> list[str]:
         return [sys.executable, "-m", "worker", "console"]
@@ -97,13 +97,16 @@ class _Console(Child):
 
 
 def _console(stack: contextlib.ExitStack, log_file: Path, settings: Settings) -> str:
-    """Start the console where it is installed; its address, or what is missing."""
+    """Start the console where it is installed; its address, or why there is none: the worker needs nothing of it."""
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
         return "not installed: pip install 'code-moderation-worker[console]'"
     port = os.environ.setdefault(environment_name("console", "port"), str(free_port()))
     os.environ.setdefault(environment_name("console", "auth"), "none")
     os.environ[environment_name("console", "metrics_urls")] = f"http://127.0.0.1:{settings.http.port}/metrics"
-    console = stack.enter_context(_Console(log_file, int(port)))
+    try:
+        console = stack.enter_context(_Console(log_file, int(port)))
+    except DependencyError as error:
+        return f"none: {error}"
     return f"http://127.0.0.1:{console.port}"
 
 
