@@ -186,10 +186,10 @@ class App:
         delays: DelayQueue[Delayed] = DelayQueue(
             MAX_DELAYED, settings.kafka.max_in_flight_bytes // 4, settings.fetch.retry_delay_max_s, clock
         )
-        probes = max(1, settings.kafka.max_in_flight // 4)  # from so many on the consumer resumes reading
-        self._circuit = DeadLetterCircuit(settings.circuit, probes, clock)
+        # The consumer resumes reading from so many on.
+        self._circuit = DeadLetterCircuit(settings.circuit, self._consumer.resumes_at, clock)
         stages = Stages(ledger, budget, delays, fetcher, cache, decoder, batcher, policy, self._publisher, self._circuit)
-        self._pipeline = Pipeline(settings, stages, engine, self._metrics, clock, on_room=self._consumer.wake, tracer=tracer)
+        self._pipeline = Pipeline(settings, stages, engine, self._metrics, clock, on_room=self._room_made, tracer=tracer)
         self._group.forget = self._pipeline.forget
         for part in (cache, fetcher):
             stack.callback(part.close)
@@ -233,6 +233,11 @@ class App:
         health.set("group", self._group.joined)
         health.set("intake", self._circuit.closed)
         self._observe()
+
+    def _room_made(self) -> None:
+        """An event has left. From any thread."""
+        if self._pipeline.room() >= self._consumer.resumes_at:
+            self._consumer.wake()
 
     def _commit_if_due(self) -> None:
         now = self._clock.monotonic()

@@ -42,6 +42,11 @@ def _faststream(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, s
     return [(_python("faststream_app"), _environment(bootstrap, model))]
 
 
+def _faststream_twice(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]:
+    """Two processes, as `faststream run --workers 2` has them, each with a core of the model's threads."""
+    return [(_python("faststream_app"), _environment(bootstrap, model, PEER_THREADS="1"))] * 2
+
+
 def _litserve(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]:
     port = str(free_port())
     url = f"http://127.0.0.1:{port}/predict"
@@ -63,6 +68,7 @@ def _mosec(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]
 CONTESTANTS = (
     Contestant("this worker", _ours),
     Contestant("FastStream", _faststream),
+    Contestant("FastStream, two processes", _faststream_twice),
     Contestant("aiokafka + LitServe", _litserve),
     Contestant("aiokafka + Mosec", _mosec),
 )

@@ -23,7 +23,9 @@ async def main() -> None:
         "image.uploads", bootstrap_servers=servers, group_id="peer", auto_offset_reset="earliest", enable_auto_commit=False
     )
     producer = AIOKafkaProducer(bootstrap_servers=servers, linger_ms=5, max_request_size=8_000_000)
-    async with consumer, producer, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=AT_ONCE)) as http:
+    # Its own idle time below the five seconds of uvicorn: a request on a connection that the server just closed is not repeated.
+    pool = aiohttp.TCPConnector(limit=AT_ONCE, keepalive_timeout=3)
+    async with consumer, producer, aiohttp.ClientSession(connector=pool) as http:
         room = asyncio.Semaphore(AT_ONCE)
 
         async def judge(event_id: str, image: bytes) -> None:

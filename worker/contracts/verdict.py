@@ -169,10 +169,10 @@ def build_verdict(
         "evidence": _evidence(scores, image),
         "cache": "hit" if cache_hit else "miss",
         "timings_ms": _timings(timings, finished),
-        "source": Source(topic=source.topic, partition=source.partition, offset=source.offset),
+        "source": {"topic": source.topic, "partition": source.partition, "offset": source.offset},
         "processed_at": rfc3339(processed_at),
     }
-    return Verdict(**values)
+    return Verdict(**values)  # the parts as plain dictionaries: one call of the validator makes them all
 
 
 def verdict_headers(verdict: Verdict, traceparent: str | None = None) -> list[tuple[str, bytes]]:
@@ -205,17 +205,23 @@ def _shadowed(decision: Decision) -> PolicyRef:
     return PolicyRef(name=decision.policy, version=decision.version, shadow=decision.shadow)
 
 
-def _image(image: ImageInfo | None, sha256: str | None) -> Image:
+def _image(image: ImageInfo | None, sha256: str | None) -> dict[str, Any]:
     if image is None:
-        return Image(sha256=sha256)
-    return Image(sha256=image.sha256, width=image.width, height=image.height, format=image.format, frames=image.frames)
+        return {"sha256": sha256}
+    return {
+        "sha256": image.sha256,
+        "width": image.width,
+        "height": image.height,
+        "format": image.format,
+        "frames": image.frames,
+    }
 
 
-def _evidence(scores: Scores | None, image: ImageInfo | None) -> Evidence:
+def _evidence(scores: Scores | None, image: ImageInfo | None) -> dict[str, Any]:
     provenance = _NO_PROVENANCE if image is None or not _is_json(image.provenance) else _NO_PROVENANCE | image.provenance
     if scores is None:
-        return Evidence(heads={}, crops=(), provenance=provenance)
-    return Evidence(heads=scores.heads, crops=scores.crops, provenance=provenance)
+        return {"heads": {}, "crops": (), "provenance": provenance}
+    return {"heads": scores.heads, "crops": scores.crops, "provenance": provenance}
 
 
 def _is_json(provenance: dict[str, Any]) -> bool:
@@ -227,10 +233,9 @@ def _is_json(provenance: dict[str, Any]) -> bool:
     return True
 
 
-def _timings(timings: Timings | None, finished: float | None) -> TimingsMs:
+def _timings(timings: Timings | None, finished: float | None) -> dict[str, float | None]:
     if timings is None:
-        return TimingsMs()
+        return {}
     total = None if finished is None else (finished - timings.started) * 1000
-    stages = (timings.fetch, timings.decode, timings.queue, timings.infer, total)
-    fetch, decode, queue, infer, total = (None if value is None else round(value, 3) for value in stages)
-    return TimingsMs(fetch=fetch, decode=decode, queue=queue, infer=infer, total=total)
+    stages = {"fetch": timings.fetch, "decode": timings.decode, "queue": timings.queue, "infer": timings.infer, "total": total}
+    return {name: None if value is None else round(value, 3) for name, value in stages.items()}

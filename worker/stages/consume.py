@@ -126,7 +126,7 @@ class Consumer:
         if self._spare:
             records, self._spare = self._spare, []
             return records
-        self._full = max_records < (max(1, self._settings.max_in_flight // 4) if self._full else 1)
+        self._full = max_records < (self.resumes_at if self._full else 1)
         room = self._apply_pauses(0 if self._full else max_records)
         if room == 0:
             self._wake.clear()
@@ -140,8 +140,13 @@ class Consumer:
         """Pause a topic (the retry topic while too many records wait for their time), or let it go on."""
         (self._held.add if on else self._held.discard)(topic)
 
+    @property
+    def resumes_at(self) -> int:
+        """So much room lets reading go on that had stopped for want of it: less is no reason to `wake`."""
+        return max(1, self._settings.max_in_flight // 4)
+
     def wake(self) -> None:
-        """End a `poll` that waits for room. From any thread."""
+        """End a `poll` that waits for room. From any thread; every turn of the client costs as much as a small image."""
         self._wake.set()
 
     @property

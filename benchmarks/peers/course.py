@@ -1,0 +1,150 @@
+"""The course: a broker with fresh topics, a contestant's processes on it, and eyes on the verdicts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from benchmarks.peers.contestants import Contestant
+from worker.clock import Deadline
+from worker.embedded import EmbeddedBroker
+from worker.kafka_clients import ensure_topics
+from worker.settings import KafkaSettings
+
+
+class Field:
+    """A broker with fresh topics, and eyes on the verdicts."""
+
+    def __init__(self, broker: EmbeddedBroker) -> None:
+        self.bootstrap = broker.bootstrap
+        ensure_topics(KafkaSettings(bootstrap_servers=(broker.bootstrap,), create_topics=True), Deadline(60))
+        self._producer = KafkaProducer(
+            bootstrap_servers=broker.bootstrap, compression_type="lz4", linger_ms=1, max_request_size=8_000_000
+        )
+        self._consumer = KafkaConsumer(bootstrap_servers=broker.bootstrap, enable_auto_commit=False, fetch_max_wait_ms=5)
+        parts = [TopicPartition("image.verdicts", p) for p in self._consumer.partitions_for_topic("image.verdicts") or ()]
+        self._consumer.assign(parts)
+        self._consumer.seek_to_beginning(*parts)
+        self.seen: dict[str, list[float]] = {}
+        """Moments (monotonic) at which verdicts of an event came, by its id."""
+
+    def send(self, pictures: list[bytes], prefix: str) -> list[str]:
+        ids = [f"{prefix}-{number}" for number in range(len(pictures))]
+        for event_id, picture in zip(ids, pictures, strict=True):
+            self.send_one(event_id, picture)
+        self._producer.flush()
+        return ids
+
+    def send_one(self, event_id: str, picture: bytes) -> None:
+        headers = [("content-type", b"image/jpeg"), ("event_id", event_id.encode())]
+        self._producer.send("image.uploads", picture, headers=headers)
+
+    def look(self, wait_s: float = 0.02) -> None:
+        for records in self._consumer.poll(int(wait_s * 1000)).values():
+            now = time.monotonic()
+            for found in records:
+                self.seen.setdefault(json.loads(found.value)["event_id"], []).append(now)
+
+    def wait(self, count: int, running: Running, within_s: float = 300) -> None:
+        deadline = time.monotonic() + within_s
+        while len(self.seen) < count:
+            self.look()
+            running.check()
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{running.name}: stalled at {len(self.seen)} of {count} verdicts\n{running.log()}")
+
+    def settle(self, quiet_s: float, count: int, within_s: float = 120) -> None:
+        """Until all are there, or nothing new came for `quiet_s`."""
+        deadline, last, had = time.monotonic() + within_s, time.monotonic(), -1
+        while time.monotonic() < deadline and (len(self.seen) < count and time.monotonic() - last < quiet_s):
+            self.look()
+            if len(self.seen) != had:
+                had, last = len(self.seen), time.monotonic()
+
+
+class Running:
+    """A contestant's processes; a contestant of several is started in their order, a server before its client."""
+
+    def __init__(self, contestant: Contestant, bootstrap: str, model: str, scratch: Path) -> None:
+        self.name = contestant.name
+        self._log = scratch / f"{uuid.uuid4().hex}.log"
+        self._processes = []
+        with self._log.open("ab") as log:
+            for command, environment in contestant.commands(bootstrap, model):
+                self._processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+                if (port := environment.get("PEER_PORT")) is not None:
+                    self._wait_for(int(port))
+
+    def _wait_for(self, port: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return
+            self.check()
+            time.sleep(0.2)
+        raise SystemExit(f"{self.name}: its server did not come up\n{self.log()}")
+
+    def family(self) -> list[psutil.Process]:
+        return [member for process in self._processes for member in _family(process)]
+
+    def cpu_s(self) -> float:
+        return sum(sum(member.cpu_times()[:2]) for member in self.family())
+
+    def proportional_mib(self) -> float:
+        """Memory, pages that processes share counted once."""
+        return sum(member.memory_full_info().pss for member in self.family()) / 2**20
+
+    def check(self) -> None:
+        if any(process.poll() is not None for process in self._processes):
+            raise SystemExit(f"{self.name}: ended by itself\n{self.log()}")
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")[-3000:]
+
+    def kill(self) -> None:
+        for member in self.family():
+            member.kill()
+        for process in self._processes:
+            process.wait(10)
+
+    def stop(self) -> None:
+        """End what still runs: asked first, then killed."""
+        members = [m for p in self._processes if p.poll() is None for m in _family(p)]
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
+            time.sleep(0.05)
+        for member in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        for process in self._processes:
+            process.wait(10)
+
+
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    own = psutil.Process(process.pid)
+    return [own, *own.children(recursive=True)]
+
+
+@contextmanager
+def running(contestant: Contestant, field: Field, model: str, scratch: Path) -> Iterator[Running]:
+    """Started, and ended whatever happens."""
+    found = Running(contestant, field.bootstrap, model, scratch)
+    try:
+        yield found
+    finally:
+        found.stop()
