@@ -67,6 +67,11 @@ def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def number(value: Any) -> float:
+    """A figure of a result, measured once or the median of several times."""
+    return float(value["median"]) if isinstance(value, dict) else float(value)
+
+
 def figures(found: dict[str, Any], noise: float = NOISE, prefix: str = "") -> Iterator[tuple[str, Figure]]:
     """Every measured number of a result by its path. Whole numbers are settings or counts, not measurements."""
     for name, value in found.items():

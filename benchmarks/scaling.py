@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import number
 from benchmarks.record import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -44,7 +45,7 @@ class Costs:
     @classmethod
     def of(cls, result: dict[str, Any]) -> Costs:
         """From benchmarks/results/pipeline.json."""
-        stages = {name: _number(value) for name, value in result["figures"]["null_engine"]["cpu_s_per_1000_by_stage"].items()}
+        stages = {name: number(value) for name, value in result["figures"]["null_engine"]["cpu_s_per_1000_by_stage"].items()}
         decoders = stages.pop("decoder processes")
         return cls(sum(stages.values()), decoders)
 
@@ -52,10 +53,6 @@ class Costs:
     def events_per_s(self) -> float:
         """What one main process carries at the planned use."""
         return USE * 1000 / self.main
-
-
-def _number(value: Any) -> float:
-    return float(value["median"]) if isinstance(value, dict) else float(value)
 
 
 def rows(costs: Costs, hits: float) -> list[tuple[str, list[str]]]:

@@ -1,8 +1,8 @@
 """`python -m benchmarks.peers`: this worker and what one would otherwise put together: same images, model, machine, one run.
 
 For each contestant: throughput over a backlog, CPU seconds and memory; latency at the same load for all; events lost and
-repeated when everything of it is killed (-9) in the middle and started again. Packages: extra `peers`. A run of one part keeps
-the other part's and the other model's figures of benchmarks/results/peers.json; each says when, and on which commit, it was made.
+repeated when everything of it is killed (-9) in the middle and started again. Packages: extra `peers`. Every figure
+is written at once; a run of one part keeps the others in benchmarks/results/peers.json. Each says when, and on which commit, it was made.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks import record
+from benchmarks.compare import merge, number
 from benchmarks.peers import page
 from benchmarks.peers.contestants import CONTESTANTS
 from benchmarks.peers.measures import killed, latency, released, throughput
@@ -27,42 +29,64 @@ from benchmarks.pipeline import jpegs
 
 PACKAGES = ("faststream", "aiokafka", "litserve", "mosec", "openvino")
 EVENTS = {"openvino": 700, "simulated": 2400}
-PARTS = ("speed", "kills")
+PARTS = ("throughput", "latency", "kills", "released")
 
 
-def speed(model: str, events: int, rounds: int, seconds: float, load: float, scratch: Path) -> dict[str, Any]:
-    """Throughput of everybody, in turns (every second round backwards), then latency at a share of the slowest one's."""
-    pictures = jpegs(events)
-    found: dict[str, dict[str, Any]] = {contestant.name: {} for contestant in CONTESTANTS}
-    for number in range(rounds):
-        for contestant in CONTESTANTS[:: -1 if number % 2 else 1]:
-            for name, value in throughput(contestant, model, pictures, scratch).items():
-                found[contestant.name].setdefault(name, []).append(value)
-    for figures in found.values():
-        for name, values in figures.items():
-            figures[name] = {"mean": sum(values) / rounds, "low": min(values), "high": max(values)}
-    rate = load * min(figures["events_per_s"]["mean"] for figures in found.values())
-    for contestant in CONTESTANTS:
-        found[contestant.name] |= latency(contestant, model, pictures, rate, seconds, scratch)
-    return {
-        "made": record.moment() | {"load_average": os.getloadavg()[0], "rounds": rounds},
-        "paced_per_s": rate,
-        "released": released(model, pictures[: min(events, 700)], scratch),
-        "contestants": found,
-    }
+class Course:
+    """One model's measurements, written down after each."""
 
+    def __init__(self, name: str, model: str, figures: dict[str, Any], scratch: Path, given: argparse.Namespace) -> None:
+        self._name, self._model, self._scratch, self._given = name, model, scratch, given
+        self._figures = figures
+        self._course: dict[str, Any] = figures.setdefault(name, {})
+        self._course["model"] = (
+            "the packaged bundle's ONNX file on OpenVINO" if name == "openvino" else f"a batch of n takes {model}"
+        )
+        self._pictures = jpegs(given.events or EVENTS[name])
 
-def kills(model: str, events: int, scratch: Path) -> dict[str, Any]:
-    """What a kill costs everybody."""
-    pictures = jpegs(events)
-    found = {contestant.name: killed(contestant, model, pictures, scratch) for contestant in CONTESTANTS}
-    return {"made": record.moment(), "contestants": found}
+    def run(self, part: str) -> None:
+        """Measure a part."""
+        match part:
+            case "throughput":
+                self._throughput()
+            case "latency":
+                self._latency()
+            case "kills":
+                for contestant in CONTESTANTS:
+                    self._note(part, contestant.name, killed(contestant, self._model, self._pictures[:600], self._scratch))
+            case "released":
+                for way, measured in released(self._model, self._pictures[:700], self._scratch).items():
+                    self._note(part, way, measured)
+
+    def _throughput(self) -> None:
+        """In turns, every second round backwards."""
+        rounds: dict[str, list[dict[str, float]]] = {contestant.name: [] for contestant in CONTESTANTS}
+        for number in range(self._given.rounds):
+            for contestant in CONTESTANTS[:: -1 if number % 2 else 1]:
+                measured = rounds[contestant.name]
+                measured.append(throughput(contestant, self._model, self._pictures, self._scratch))
+                self._note("throughput", contestant.name, merge(measured))
+
+    def _latency(self) -> None:
+        """Everybody at the same share of the slowest one's throughput."""
+        measured = self._course["throughput"]["contestants"].values()
+        rate = self._given.load * min(number(figures["events_per_s"]) for figures in measured)
+        for contestant in CONTESTANTS:
+            found = latency(contestant, self._model, self._pictures, rate, self._given.seconds, self._scratch)
+            self._note("latency", contestant.name, found)
+
+    def _note(self, part: str, name: str, measured: Mapping[str, Any]) -> None:
+        sys.stderr.write(f"{self._name} · {part} · {name}: {json.dumps(measured)}\n")
+        noted = self._course.setdefault(part, {"contestants": {}})
+        noted["made"] = record.moment() | {"load_average": os.getloadavg()[0]}
+        noted["contestants"][name] = measured
+        record.write("peers", self._figures)
 
 
 def main() -> None:
     """Run, print, write benchmarks/results/peers.json and the table of docs/peers.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help="speed, kills; both by default")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--only", choices=tuple(EVENTS), help="one model: the real one, or the simulated device")
     parser.add_argument("--events", type=int, help="of a backlog (default 700 and 2400)")
     parser.add_argument("--rounds", type=int, default=2, help="of the throughput part")
@@ -79,15 +103,10 @@ def main() -> None:
         subprocess.run(command, check=True, capture_output=True)
         os.environ["PEER_DEVICE_LOCK"] = str(scratch / "device.lock")
         for name in (given.only,) if given.only else models:
-            events = given.events or EVENTS[name]
-            course = figures.setdefault(name, {})
-            if "speed" in (given.parts or PARTS):
-                course["speed"] = speed(models[name], events, given.rounds, given.seconds, given.load, scratch)
-            if "kills" in (given.parts or PARTS):
-                course["kills"] = kills(models[name], min(events, 600), scratch)
-            course["model"] = given.simulated if name == "simulated" else "the packaged bundle's ONNX file on OpenVINO"
-            path = record.write("peers", figures)
-    result = json.loads(path.read_text())
+            course = Course(name, models[name], figures, scratch, given)
+            for part in given.parts or PARTS:
+                course.run(part)
+    result = json.loads(page.RESULT.read_text())
     Console(width=140).print(Markdown(page.tables(result)))
     page.renew(result)
 

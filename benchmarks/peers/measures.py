@@ -62,8 +62,9 @@ def latency(
             return {
                 "p50_ms": float(np.median(taken)),
                 "p99_ms": float(np.percentile(taken, 99)),
-                "paced_cpu_s_per_1000": (process.cpu_s() - before) / len(sent) * 1000,
-                "paced_events": len(sent),
+                "cpu_s_per_1000": (process.cpu_s() - before) / len(sent) * 1000,
+                "rate_per_s": rate_per_s,
+                "events": len(sent),
             }
 
 

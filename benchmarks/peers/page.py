@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare import number
 from benchmarks.record import RESULTS
 
 RESULT = RESULTS / "peers.json"
@@ -14,6 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "peers.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.peers.page -->", "<!-- end -->"
 
 OURS = "this worker"
+WAYS = {"one": "released way, from files without Kafka: one by one", "dataloader": "the same by a DataLoader of two processes"}
 TITLES = {"openvino": "The real model on this machine's processor", "simulated": "A simulated device"}
 
 
@@ -29,58 +31,68 @@ def tables(result: dict[str, Any]) -> str:
 
 def complete(course: dict[str, Any]) -> bool:
     """Whether every part of a course was run."""
-    return {"speed", "kills"} <= course.keys()
+    return {"throughput", "latency", "kills", "released"} <= course.keys()
 
 
 def _course(title: str, course: dict[str, Any]) -> str:
-    speed, kills = course["speed"], course["kills"]
-    made, released = speed["made"], speed["released"]
+    rates, paced, kills = (course[part]["contestants"] for part in ("throughput", "latency", "kills"))
+    made = ", ".join(
+        f"{part} {course[part]['made']['commit']} {course[part]['made']['at'][:16]}Z" for part in ("throughput", "latency")
+    )
     lines = [
-        f"**{title}** ({course['model']}); commit {made['commit']}, {made['at'][:10]}; throughput: mean of {made['rounds']} "
-        f"rounds (range), latency at {speed['paced_per_s']:.0f} uploads/s at random moments:",
+        f"**{title}** ({course['model']}). Latency at {paced[OURS]['rate_per_s']:.0f} uploads/s, at random moments. Made: {made}.",
         "",
-        "| | events/s | CPU s per 1,000 | memory, MiB | p50, ms | p99, ms | CPU s per 1,000, paced | killed: lost, repeated |",
+        "| | events/s | CPU s per 1,000 | memory, MiB | p50, ms | p99, ms | CPU s per 1,000 at that load | killed: lost, repeated |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, row in speed["contestants"].items():
-        lost = kills["contestants"][name]
+    for name, row in rates.items():
+        lost, calm = kills[name], paced[name]
         cells = [
-            f"{row['events_per_s']['mean']:.0f} ({row['events_per_s']['low']:.0f} to {row['events_per_s']['high']:.0f})",
-            f"{row['cpu_s_per_1000']['mean']:.2f}",
-            f"{row['memory_mib']['mean']:.0f}",
-            f"{row['p50_ms']:.0f}",
-            f"{row['p99_ms']:.0f}",
-            f"{row['paced_cpu_s_per_1000']:.2f}",
+            _with_range(row["events_per_s"]),
+            f"{number(row['cpu_s_per_1000']):.2f}",
+            f"{number(row['memory_mib']):.0f}",
+            f"{calm['p50_ms']:.0f}",
+            f"{calm['p99_ms']:.0f}",
+            f"{calm['cpu_s_per_1000']:.2f}",
             f"{lost['lost']}, {lost['repeated']} of {lost['events']}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
-        f"| released way from files, no Kafka: {name} | {row['images_per_s']:.0f} | {row['cpu_s_per_1000']:.2f} | | | | | |"
-        for name, row in released.items()
+        f"| {WAYS[name]} | {row['images_per_s']:.0f} | {row['cpu_s_per_1000']:.2f} | | | | | |"
+        for name, row in course["released"]["contestants"].items()
     ]
-    return "\n".join([*lines, "", _verdict(speed)])
+    return "\n".join([*lines, "", _verdict(rates, paced)])
 
 
-def _verdict(speed: dict[str, Any]) -> str:
+def _with_range(figure: Any) -> str:
+    if not isinstance(figure, dict):
+        return f"{figure:.0f}"
+    return f"{figure['median']:.0f} ({figure['low']:.0f} to {figure['high']:.0f})"
+
+
+def _verdict(rates: dict[str, Any], paced: dict[str, Any]) -> str:
     """Who is ahead by how much; where this worker is not, that too."""
-    rows = {name: row for name, row in speed["contestants"].items() if name != OURS}
-    own = speed["contestants"][OURS]
+    compared = (
+        ("events/s", "events_per_s", rates),
+        ("CPU", "cpu_s_per_1000", rates),
+        ("memory", "memory_mib", rates),
+        ("p50", "p50_ms", paced),
+        ("p99", "p99_ms", paced),
+        ("CPU at that load", "cpu_s_per_1000", paced),
+    )
     sentences = [
-        _against("events/s", own["events_per_s"]["mean"], {n: r["events_per_s"]["mean"] for n, r in rows.items()}, most=True),
-        _against("p50", own["p50_ms"], {n: r["p50_ms"] for n, r in rows.items()}),
-        _against("p99", own["p99_ms"], {n: r["p99_ms"] for n, r in rows.items()}),
-        _against("CPU", own["cpu_s_per_1000"]["mean"], {n: r["cpu_s_per_1000"]["mean"] for n, r in rows.items()}),
-        _against("CPU, paced", own["paced_cpu_s_per_1000"], {n: r["paced_cpu_s_per_1000"] for n, r in rows.items()}),
-        _against("memory", own["memory_mib"]["mean"], {n: r["memory_mib"]["mean"] for n, r in rows.items()}),
+        _against(what, {name: number(row[key]) for name, row in rows.items()}, most=key == "events_per_s")
+        for what, key, rows in compared
     ]
     return f"This worker over the best peer: {'; '.join(sentences)}."
 
 
-def _against(what: str, own: float, others: dict[str, float], most: bool = False) -> str:
+def _against(what: str, figures: dict[str, float], most: bool) -> str:
+    others = {name: figure for name, figure in figures.items() if name != OURS}
     best = (max if most else min)(others, key=lambda name: others[name])
-    ratio = own / others[best]
-    wins = "" if (ratio > 1) == most else ": **the peer is ahead**"
-    return f"{what} {ratio:.2f} times {best}'s{wins}"
+    ratio = figures[OURS] / others[best]
+    ahead = "" if (ratio > 1) == most else " (**the peer is ahead**)"
+    return f"{what} {ratio:.2f} times {best}'s{ahead}"
 
 
 def rewritten(text: str, result: dict[str, Any]) -> str:
