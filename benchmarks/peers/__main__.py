@@ -1,8 +1,8 @@
 """`python -m benchmarks.peers`: this worker and what one would otherwise put together: same images, model, machine, one run.
 
 For each contestant: throughput over a backlog, CPU seconds and memory; latency at the same load for all; events lost and
-repeated when everything of it is killed (-9) in the middle and started again. Packages: extra `peers`. Every figure
-is written at once; a run of one part keeps the others in benchmarks/results/peers.json. Each says when, and on which commit, it was made.
+repeated when everything of it is killed (-9) in the middle and started again. Packages: extra `peers`. Every
+figure is written at once; a run of one part keeps the others in benchmarks/results/peers.json. Each says when it was made.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ class Course:
             "the packaged bundle's ONNX file on OpenVINO" if name == "openvino" else f"a batch of n takes {model}"
         )
         self._pictures = jpegs(given.events or EVENTS[name])
+        self._made = record.moment()  # before the result file changes: the commit is that of the code
 
     def run(self, part: str) -> None:
         """Measure a part."""
@@ -61,8 +63,8 @@ class Course:
     def _throughput(self) -> None:
         """In turns, every second round backwards."""
         rounds: dict[str, list[dict[str, float]]] = {contestant.name: [] for contestant in CONTESTANTS}
-        for number in range(self._given.rounds):
-            for contestant in CONTESTANTS[:: -1 if number % 2 else 1]:
+        for turn in range(self._given.rounds):
+            for contestant in CONTESTANTS[:: -1 if turn % 2 else 1]:
                 measured = rounds[contestant.name]
                 measured.append(throughput(contestant, self._model, self._pictures, self._scratch))
                 self._note("throughput", contestant.name, merge(measured))
@@ -78,7 +80,7 @@ class Course:
     def _note(self, part: str, name: str, measured: Mapping[str, Any]) -> None:
         sys.stderr.write(f"{self._name} · {part} · {name}: {json.dumps(measured)}\n")
         noted = self._course.setdefault(part, {"contestants": {}})
-        noted["made"] = record.moment() | {"load_average": os.getloadavg()[0]}
+        noted["made"] = self._made | {"load_average": os.getloadavg()[0]}
         noted["contestants"][name] = measured
         record.write("peers", self._figures)
 
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.6, help="share of the slowest contestant's throughput for the paced part")
     parser.add_argument("--simulated", default="0.004,0.00015", metavar="A,B", help="seconds a batch of n takes: A + B*n")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the contestants, sessions of their own, would stay behind
     figures = json.loads(page.RESULT.read_text())["figures"] if page.RESULT.exists() else {}
     figures |= {"picture": "512x512 JPEG, inline", "packages": {name: record.version(name) for name in PACKAGES}}
     with tempfile.TemporaryDirectory() as folder:

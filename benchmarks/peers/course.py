@@ -65,7 +65,7 @@ class Field:
             if time.monotonic() > deadline:
                 raise SystemExit(f"{running.name}: stalled at {len(self.seen)} of {count} verdicts\n{running.log()}")
 
-    def settle(self, quiet_s: float, count: int, within_s: float = 120) -> None:
+    def settle(self, quiet_s: float, count: int, within_s: float = 300) -> None:
         """Until all are there, or nothing new came for `quiet_s`."""
         deadline, last, had = time.monotonic() + within_s, time.monotonic(), -1
         while time.monotonic() < deadline and (len(self.seen) < count and time.monotonic() - last < quiet_s):
