@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 NOISE = 0.15
-_RANGE = {"median", "low", "high"}
+RANGE = {"median", "low", "high"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def number(value: Any) -> float:
 def figures(found: dict[str, Any], noise: float = NOISE, prefix: str = "") -> Iterator[tuple[str, Figure]]:
     """Every measured number of a result by its path. Whole numbers are settings or counts, not measurements."""
     for name, value in found.items():
-        if isinstance(value, dict) and set(value) == _RANGE:
+        if isinstance(value, dict) and set(value) == RANGE:
             yield prefix + name, Figure(value["median"], value["low"], value["high"])
         elif isinstance(value, dict):
             yield from figures(value, noise, f"{prefix}{name} · ")

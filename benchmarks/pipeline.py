@@ -103,6 +103,7 @@ def path(
     processes: int = 1,
     partitions: int | None = None,
     settings: dict[str, str] | None = None,
+    unnamed: str = "kafka clients",
 ) -> dict[str, Any]:
     """Events a second and CPU by stage of worker processes over these images, after `warm_up` of them.
 
@@ -119,10 +120,10 @@ def path(
         ]
         verdicts = _Verdicts(broker.bootstrap)
         seen = verdicts.wait(warm_up, workers)
-        before, wall = _cpu_by_stage(workers), time.perf_counter()
+        before, wall = _cpu_by_stage(workers, unnamed), time.perf_counter()
         verdicts.wait(len(pictures), workers)
         wall = time.perf_counter() - wall
-        after = _cpu_by_stage(workers)
+        after = _cpu_by_stage(workers, unnamed)
         families = [psutil.Process(worker.pid) for worker in workers]
         resident = sum(m.memory_info().rss for family in families for m in (family, *family.children(recursive=True)))
     events = len(pictures) - seen
@@ -202,10 +203,10 @@ class _Verdicts:
         return self._seen
 
 
-def _cpu_by_stage(workers: list[subprocess.Popen[bytes]]) -> dict[str, float]:
+def _cpu_by_stage(workers: list[subprocess.Popen[bytes]], unnamed: str) -> dict[str, float]:
     """CPU seconds by thread name without its number, and of the decoder processes.
 
-    `main` is the thread that reads; `kafka clients` are the client's own threads and the few others without a name.
+    `main` is the thread that reads; threads without a name go by `unnamed`: the Kafka clients' own, and OpenVINO's where it is.
     """
     tick = os.sysconf("SC_CLK_TCK")
     seconds: dict[str, float] = defaultdict(float)
@@ -213,7 +214,7 @@ def _cpu_by_stage(workers: list[subprocess.Popen[bytes]]) -> dict[str, float]:
         for task in Path(f"/proc/{worker.pid}/task").iterdir():
             fields = (task / "stat").read_text()
             name = fields[fields.index("(") + 1 : fields.rindex(")")].rstrip("0123456789").rstrip("-_")
-            name = "main" if task.name == str(worker.pid) else "kafka clients" if name.startswith("python") else name
+            name = "main" if task.name == str(worker.pid) else unnamed if name.startswith("python") else name
             times = fields[fields.rindex(")") + 2 :].split()
             seconds[name] += (int(times[11]) + int(times[12])) / tick
         for child in psutil.Process(worker.pid).children(recursive=True):
@@ -233,7 +234,7 @@ def main(events: int, seconds: float) -> dict[str, Any]:
         "bare_decode": bare_decode(pictures[:500]),
         "bare_pillow": bare_pillow(pictures[:500]),
         "null_engine": path(pictures, "benchmarks.null_worker", warm_up=events // 5),
-        "real_engine": path(some, "worker run", warm_up=100),
+        "real_engine": path(some, "worker run", warm_up=100, unnamed="kafka clients and the engine's arithmetic"),
     }
     detectors.append(bare_detector(pictures, seconds))
     files.append(detector_on_files(some))

@@ -184,8 +184,8 @@ def augmentation(folder: Path, seconds: float) -> dict[str, float]:
     return out
 
 
-def main() -> None:
-    """Measure, write, print."""
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The options, of the command line where none are given."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", type=Path, help="folder with a manifest; default: images made up for the purpose")
@@ -196,7 +196,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads")
     parser.add_argument("--workers", type=int, default=1, help="loader processes")
     parser.add_argument("--seconds", type=float, default=40, help="for each input")
-    options = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Measure, write, print."""
+    options = arguments()
     path, figures = measured(options)
     print(table(figures))
     print(path)
