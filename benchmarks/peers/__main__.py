@@ -24,7 +24,7 @@ from rich.markdown import Markdown
 from benchmarks import record
 from benchmarks.compare import merge, number
 from benchmarks.peers import page
-from benchmarks.peers.contestants import CONTESTANTS
+from benchmarks.peers.contestants import CONTESTANTS, Contestant
 from benchmarks.peers.measures import killed, latency, released, throughput
 from benchmarks.pipeline import jpegs
 
@@ -54,17 +54,18 @@ class Course:
             case "latency":
                 self._latency()
             case "kills":
-                for contestant in CONTESTANTS:
+                for contestant in self._left(part):
                     self._note(part, contestant.name, killed(contestant, self._model, self._pictures[:600], self._scratch))
-            case "released":
+            case "released" if not (self._given.missing and part in self._course):
                 for way, measured in released(self._model, self._pictures[:700], self._scratch).items():
                     self._note(part, way, measured)
 
     def _throughput(self) -> None:
         """In turns, every second round backwards."""
-        rounds: dict[str, list[dict[str, float]]] = {contestant.name: [] for contestant in CONTESTANTS}
+        left = self._left("throughput")
+        rounds: dict[str, list[dict[str, float]]] = {contestant.name: [] for contestant in left}
         for turn in range(self._given.rounds):
-            for contestant in CONTESTANTS[:: -1 if turn % 2 else 1]:
+            for contestant in left[:: -1 if turn % 2 else 1]:
                 measured = rounds[contestant.name]
                 measured.append(throughput(contestant, self._model, self._pictures, self._scratch))
                 self._note("throughput", contestant.name, merge(measured))
@@ -73,9 +74,14 @@ class Course:
         """Everybody at the same share of the slowest one's throughput."""
         measured = self._course["throughput"]["contestants"].values()
         rate = self._given.load * min(number(figures["events_per_s"]) for figures in measured)
-        for contestant in CONTESTANTS:
+        for contestant in self._left("latency"):
             found = latency(contestant, self._model, self._pictures, rate, self._given.seconds, self._scratch)
             self._note("latency", contestant.name, found)
+
+    def _left(self, part: str) -> list[Contestant]:
+        """Everybody, or with `--missing` those without a figure."""
+        there = self._course.get(part, {}).get("contestants", {}) if self._given.missing else {}
+        return [contestant for contestant in CONTESTANTS if contestant.name not in there]
 
     def _note(self, part: str, name: str, measured: Mapping[str, Any]) -> None:
         sys.stderr.write(f"{self._name} · {part} · {name}: {json.dumps(measured)}\n")
@@ -90,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--only", choices=tuple(EVENTS), help="one model: the real one, or the simulated device")
+    parser.add_argument("--missing", action="store_true", help="only what the result file lacks")
     parser.add_argument("--events", type=int, help="of a backlog (default 700 and 2400)")
     parser.add_argument("--rounds", type=int, default=2, help="of the throughput part")
     parser.add_argument("--seconds", type=float, default=15, help="of paced uploads")

@@ -60,7 +60,11 @@ def _mosec(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]
     port = str(free_port())
     url = f"http://127.0.0.1:{port}/inference"
     return [
-        ([*_python("mosec_app"), "--address", "127.0.0.1", "--port", port], _environment(bootstrap, model, PEER_PORT=port)),
+        # Its time-out of 3 s for a request answers 408 to the last of a backlog on a slow machine.
+        (
+            [*_python("mosec_app"), "--address", "127.0.0.1", "--port", port, "--timeout", "60000"],
+            _environment(bootstrap, model, PEER_PORT=port),
+        ),
         (_python("http_consumer"), _environment(bootstrap, model, PEER_URL=url)),
     ]
 

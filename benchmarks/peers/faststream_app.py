@@ -31,6 +31,7 @@ def judge(images: list[bytes]) -> list[float]:
     batch_timeout_ms=5,
     group_id="peer",
     auto_offset_reset="earliest",
+    session_timeout_ms=6000,
     ack_policy=AckPolicy.NACK_ON_ERROR,
     decoder=lambda message: message.body,
 )

@@ -20,7 +20,12 @@ async def main() -> None:
     """Until killed."""
     servers = os.environ["PEER_BOOTSTRAP"]
     consumer = AIOKafkaConsumer(
-        "image.uploads", bootstrap_servers=servers, group_id="peer", auto_offset_reset="earliest", enable_auto_commit=False
+        "image.uploads",
+        bootstrap_servers=servers,
+        group_id="peer",
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        session_timeout_ms=6000,
     )
     producer = AIOKafkaProducer(bootstrap_servers=servers, linger_ms=5, max_request_size=8_000_000)
     # Its own idle time below the five seconds of uvicorn: a request on a connection that the server just closed is not repeated.
