@@ -236,8 +236,7 @@ class App:
 
     def _room_made(self) -> None:
         """An event has left. From any thread."""
-        if self._pipeline.room() >= self._consumer.resumes_at:
-            self._consumer.wake()
+        self._consumer.room_made(self._pipeline.room())
 
     def _commit_if_due(self) -> None:
         now = self._clock.monotonic()

@@ -142,11 +142,19 @@ class Consumer:
 
     @property
     def resumes_at(self) -> int:
-        """So much room lets reading go on that had stopped for want of it: less is no reason to `wake`."""
+        """So much room lets reading go on that had stopped for want of it."""
         return max(1, self._settings.max_in_flight // 4)
 
+    def room_made(self, room: int) -> None:
+        """So much room there is by now: ends a `poll` that waits for it, once it would read. From any thread.
+
+        Waking for every event that leaves would cost a turn of the client each, as much as a small image's decoding.
+        """
+        if room >= self.resumes_at:
+            self.wake()
+
     def wake(self) -> None:
-        """End a `poll` that waits for room. From any thread; every turn of the client costs as much as a small image."""
+        """End a `poll` that waits for room. From any thread."""
         self._wake.set()
 
     @property

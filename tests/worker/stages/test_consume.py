@@ -178,10 +178,11 @@ def test_no_room_keeps_polling_and_wakes_at_once(kafka_settings: Settings) -> No
         assert one.consumer.paused_partitions == len(one.consumer.assignment) > 0
         one.step(9)  # less than a quarter of 40: not worth resuming
         assert one.seen == []
-        threading.Timer(0.2, one.consumer.wake).start()
+        threading.Timer(0.1, one.consumer.room_made, (9,)).start()  # as little does not end the wait
+        threading.Timer(1.0, one.consumer.room_made, (10,)).start()
         began = time.monotonic()
         one.step(0, timeout_s=10)
-        assert time.monotonic() - began < 2
+        assert 0.9 < time.monotonic() - began < 3
         until(lambda: len(one.seen) == 50, lambda: one.step(40))
         assert one.consumer.paused_partitions == 0
 
