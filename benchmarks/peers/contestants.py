@@ -16,6 +16,8 @@ class Contestant:
 
     name: str
     commands: Callable[[str, str], list[tuple[list[str], dict[str, str]]]]
+    group: str = "peer"
+    """In Kafka."""
 
 
 def _python(module: str) -> list[str]:
@@ -70,7 +72,7 @@ def _mosec(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]
 
 
 CONTESTANTS = (
-    Contestant("this worker", _ours),
+    Contestant("this worker", _ours, "code-worker"),
     Contestant("FastStream", _faststream),
     Contestant("FastStream, two processes", _faststream_twice),
     Contestant("aiokafka + LitServe", _litserve),

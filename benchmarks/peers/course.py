@@ -23,6 +23,9 @@ from worker.embedded import EmbeddedBroker
 from worker.kafka_clients import ensure_topics
 from worker.settings import KafkaSettings
 
+QUIET_S = 10.0
+"""Nothing new for so long after everything was committed: what is missing then is lost."""
+
 
 class Field:
     """A broker with fresh topics, and eyes on the verdicts."""
@@ -65,13 +68,24 @@ class Field:
             if time.monotonic() > deadline:
                 raise SystemExit(f"{running.name}: stalled at {len(self.seen)} of {count} verdicts\n{running.log()}")
 
-    def settle(self, quiet_s: float, count: int, within_s: float = 300) -> None:
-        """Until all are there, or nothing new came for `quiet_s`."""
-        deadline, last, had = time.monotonic() + within_s, time.monotonic(), -1
-        while time.monotonic() < deadline and (len(self.seen) < count and time.monotonic() - last < quiet_s):
-            self.look()
-            if len(self.seen) != had:
-                had, last = len(self.seen), time.monotonic()
+    def settle(self, count: int, group: str, running: Running, within_s: float = 400) -> None:
+        """Until the group has committed all `count` events and their verdicts are there, or none came for a while after that."""
+        deadline, committed_at = time.monotonic() + within_s, float("inf")
+        with contextlib.closing(
+            KafkaConsumer(bootstrap_servers=self.bootstrap, group_id=group, enable_auto_commit=False)
+        ) as reader:
+            partitions = [TopicPartition("image.uploads", p) for p in reader.partitions_for_topic("image.uploads") or ()]
+            while len(self.seen) < count or committed_at == float("inf"):
+                self.look(0.2)
+                running.check()
+                now = time.monotonic()
+                if committed_at == float("inf") and sum(reader.committed(partition) or 0 for partition in partitions) >= count:
+                    committed_at = now
+                if now - committed_at > QUIET_S:
+                    return
+                if now > deadline:
+                    raise SystemExit(f"{running.name}: stalled at {len(self.seen)} of {count} verdicts\n{running.log()}")
+        self.look(1.0)
 
 
 class Running:

@@ -18,8 +18,6 @@ from benchmarks.simulated_device import poisson
 from worker.embedded import EmbeddedBroker
 
 WARM_UP = 100
-QUIET_S = 60.0
-"""Nothing new for so long after a restart: what is missing then is lost. Longer than any contestant's session timeout."""
 
 
 def throughput(contestant: Contestant, model: str, pictures: list[bytes], scratch: Path) -> dict[str, float]:
@@ -76,8 +74,8 @@ def killed(contestant: Contestant, model: str, pictures: list[bytes], scratch: P
         with running(contestant, field, model, scratch) as process:
             field.wait(len(pictures) // 3, process)
             process.kill()
-        with running(contestant, field, model, scratch):
-            field.settle(QUIET_S, len(ids))
+        with running(contestant, field, model, scratch) as process:
+            field.settle(len(ids), contestant.group, process)
         return {
             "events": len(ids),
             "lost": sum(event_id not in field.seen for event_id in ids),
