@@ -53,7 +53,7 @@ class Course:
                 self._throughput()
             case "latency":
                 self._latency()
-            case "kills":
+            case "kills" if self._name == "simulated":  # what a kill costs has nothing to do with the model
                 for contestant in self._left(part):
                     self._note(part, contestant.name, killed(contestant, self._model, self._pictures[:600], self._scratch))
             case "released" if not (self._given.missing and part in self._course):
