@@ -37,9 +37,7 @@ def complete(course: dict[str, Any]) -> bool:
 
 def _course(title: str, course: dict[str, Any]) -> str:
     rates, paced = (course[part]["contestants"] for part in ("throughput", "latency"))
-    made = ", ".join(
-        f"{part} {course[part]['made']['commit']} {course[part]['made']['at'][:16]}Z" for part in ("throughput", "latency")
-    )
+    made = ", ".join(f"{part} {_moment(course[part])}" for part in ("throughput", "latency"))
     lines = [
         f"**{title}** ({course['model']}). Latency at {paced[OURS]['rate_per_s']:.0f} uploads/s, at random moments.",
         f"Made: {made}.",
