@@ -95,7 +95,7 @@ def million(costs: Costs, inference: float) -> list[tuple[str, str, float]]:
 
 def _million_lines(result: dict[str, Any], costs: Costs) -> list[str]:
     figures = result["figures"]
-    inference = _number(figures["real_engine"]["cpu_s_per_1000"]) - _number(figures["null_engine"]["cpu_s_per_1000"])
+    inference = number(figures["real_engine"]["cpu_s_per_1000"]) - number(figures["null_engine"]["cpu_s_per_1000"])
     table = million(costs, inference)
     path, gpu, cpu = (hours for _, _, hours in table)
     return [
