@@ -21,7 +21,7 @@ T = TypeVar("T")
 LEAD = 3_000
 """So many events stand ready in the topic, so that the workers are the bottleneck."""
 SAMPLE_S = 5.0
-GROWTH_BYTES = 48 * 2**20
+GROWTH_BYTES = 24 * 2**20
 """Resident bytes may grow so much between the second and the last quarter of a soak: allocators breathe."""
 
 
@@ -50,8 +50,8 @@ def members(run: Run, seconds: float, every_s: float = 10.0) -> Report:
 
     Adds a problem where the throughput falls below 0.7 of the quiet one.
     """
-    begun = time.monotonic()
     run.start()
+    begun = time.monotonic()
     rate = FullRate(run)
     last = run.plan.workers - 1
     _go_on(run, 30)
@@ -106,8 +106,8 @@ def _join(run: Run, number: int, seconds: float) -> bool:
 
 def outage(run: Run, gone_s: float = 60.0) -> Report:
     """Every broker is killed for `gone_s` under load; nobody restarts a worker."""
-    begun = time.monotonic()
     run.start()
+    begun = time.monotonic()
     rate = FullRate(run)
     _go_on(run, 20)
     _reading_on(run, lambda: run.hurt(Fault(0, "brokers_gone", 0, gone_s)))
@@ -141,8 +141,8 @@ class Size:
 
 def soak(run: Run, seconds: float) -> Report:
     """Full rate for `seconds`; memory, descriptors and threads of every worker have to stay flat."""
-    begun = time.monotonic()
     run.start()
+    begun = time.monotonic()
     rate = FullRate(run)
     sizes: list[Size] = []
     until = begun + seconds

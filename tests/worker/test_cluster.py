@@ -101,6 +101,7 @@ def test_leaders_die_while_events_become_verdicts(three: KafkaCluster) -> None:
     assert len(published) == len(done)  # and the idempotent producer doubled none
 
 
+@pytest.mark.soak  # tests/chaos kills brokers, coordinators among them, under whole workers in `make test`
 def test_the_groups_coordinator_dies_between_commits(three: KafkaCluster) -> None:
     settings = prepare(settings_for(three))
     topic = settings.upload_topics[0]
@@ -264,19 +265,23 @@ def test_tls_and_scram(secure: KafkaCluster) -> None:
     assert sum(committed(settings, settings.upload_topics[0]).values()) == 20
 
 
+PASSWORD = ({"sasl_password": "falsch"}, "SASL_PASSWORD|wrong user, password")
+
+
 @pytest.mark.parametrize(
-    ("wrong", "advice"),
+    ("client", "wrong", "advice"),
     [
-        ({"sasl_password": "falsch"}, "SASL_PASSWORD|wrong user, password"),
-        ({"sasl_username": "nobody"}, "SASL_USERNAME|wrong user, password"),
-        ({"sasl_mechanism": "PLAIN"}, "SASL_MECHANISM|SASL mechanism"),
-        ({"ssl_cafile": None}, "WORKER_KAFKA__SSL_CAFILE"),
-        ({"security_protocol": "PLAINTEXT"}, "WORKER_KAFKA__SECURITY_PROTOCOL"),
+        (open_producer, *PASSWORD),
+        (open_admin, *PASSWORD),
+        (open_consumer, *PASSWORD),
+        (open_consumer, {"sasl_username": "nobody"}, "SASL_USERNAME|wrong user, password"),
+        (open_consumer, {"sasl_mechanism": "PLAIN"}, "SASL_MECHANISM|SASL mechanism"),
+        (open_consumer, {"ssl_cafile": None}, "WORKER_KAFKA__SSL_CAFILE"),
+        (open_consumer, {"security_protocol": "PLAINTEXT"}, "WORKER_KAFKA__SECURITY_PROTOCOL"),
     ],
 )
-@pytest.mark.parametrize("client", [open_producer, open_consumer, open_admin])
 def test_a_wrong_login_is_told_in_one_line(
-    secure: KafkaCluster, wrong: dict[str, object], advice: str, client: Callable[[KafkaSettings], object]
+    secure: KafkaCluster, client: Callable[[KafkaSettings], object], wrong: dict[str, object], advice: str
 ) -> None:
     settings = secure_settings(secure, startup_timeout_s=2.0, **wrong)
     with pytest.raises(DependencyError, match=advice) as error:
