@@ -9,7 +9,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
@@ -20,6 +20,8 @@ from worker.settings import KafkaSettings
 
 SLACK_S = 30.0
 """A fault is felt so long after its end: a session that has to expire, a rebalance, revokes that wait."""
+Place = tuple[int, int]
+"""Partition and offset."""
 DECODER_CODES = ("decode.timeout", "decode.crashed")
 HOST_CODES = ("fetch.timeout", "fetch.unavailable")
 
@@ -139,17 +141,46 @@ class Books:
             self.accounted += 1
 
     # -- the end
+    def misplaced(self, sources: Mapping[int, Place]) -> bool:
+        """Whether a verdict names another record than the one that was acknowledged to the uploader."""
+        return any(
+            number in sources and (rest["source"]["partition"], rest["source"]["offset"]) != sources[number]  # type: ignore[index]
+            for number, entries in self.verdicts.items()
+            for _, _, rest in entries
+        )
+
+    def places(self, settings: KafkaSettings) -> dict[int, set[Place]]:
+        """By number where its record stands in the upload topic, by reading it: a producer may write a batch twice."""
+        found: dict[int, set[Place]] = defaultdict(set)
+        consumer = Consumer(
+            {
+                "bootstrap.servers": ",".join(settings.bootstrap_servers),
+                "group.id": f"places-{settings.group_id}",
+                "enable.auto.commit": False,
+                "log_level": 0,
+            }
+        )
+        topic = settings.upload_topics[0]
+        partitions = consumer.list_topics(topic, timeout=30).topics[topic].partitions
+        consumer.assign([TopicPartition(topic, number, 0) for number in partitions])
+        while messages := consumer.consume(2_000, 5.0):
+            for message in messages:
+                if message.error() is None and message.key() in self._by_key:
+                    found[self._by_key[message.key()]].add((message.partition(), message.offset()))
+        consumer.close()
+        return found
+
     def balance(
-        self, sources: Mapping[int, tuple[int, int]], disturbances: list[Disturbance], *, exactly_once: bool = False
+        self, sources: Mapping[int, Collection[Place]], disturbances: list[Disturbance], *, exactly_once: bool = False
     ) -> Balance:
-        """`sources`: by number partition and offset where the uploader's record stands."""
+        """`sources`: by number where the uploader's record stands; in two places where its producer wrote it twice."""
         found = Balance(len(self._plans), problems=list(dict.fromkeys(self.wrong)))
         found.verdicts = sum(map(len, self.verdicts.values()))
         found.letters = sum(map(len, self.letters.values()))
         for number, planned in enumerate(self._plans):
             if not self._is_accounted[number]:
                 found.lost.append(planned.event_id or planned.key.decode())
-            self._check_event(found, number, planned, sources.get(number), disturbances)
+            self._check_event(found, number, planned, sources.get(number, ()), disturbances)
         if found.lost:
             found.problems.append(f"{len(found.lost)} events lost, such as {found.lost[:5]}")
         if found.unexplained:
@@ -163,7 +194,7 @@ class Books:
         found: Balance,
         number: int,
         planned: Planned,
-        source: tuple[int, int] | None,
+        places: Collection[Place],
         disturbances: list[Disturbance],
     ) -> None:
         by_id: dict[str, list[float]] = defaultdict(list)
@@ -171,8 +202,8 @@ class Books:
             by_id[verdict_id].append(stamp)
             reason = rest["reason"]
             place = rest["source"]
-            if source is not None and (place["partition"], place["offset"]) != source:  # type: ignore[index]
-                found.problems.append(f"{planned.event_id}: its verdict names {place} instead of {source}")
+            if places and (place["partition"], place["offset"]) not in places:  # type: ignore[index]
+                found.problems.append(f"{planned.event_id}: its verdict names {place} instead of {sorted(places)}")
             if planned.code is None and reason is not None:
                 self._check_failure(found, planned, str(reason), stamp, disturbances)
         if (
@@ -190,7 +221,7 @@ class Books:
         for stamps in [*by_id.values(), [stamp for _, stamp in letters]]:
             stamps.sort()
             for first, second in itertools.pairwise(stamps):
-                found.repeats.append((first, second, source[0] if source else -1))
+                found.repeats.append((first, second, min(places)[0] if places else -1))
                 if not any(one.touches(first, second) for one in disturbances):
                     found.unexplained.append(planned.event_id or planned.key.decode())
 

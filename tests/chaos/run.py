@@ -169,7 +169,10 @@ class Run:
             pass
         behind = behind or offsets.settled(5)
         offsets.close()
-        balance = self.books.balance(uploader.offsets, self.disturbances, exactly_once=self.plan.delivery == "exactly_once")
+        sources: dict[int, set[tuple[int, int]]] = {number: {place} for number, place in uploader.offsets.items()}
+        if self.books.misplaced(uploader.offsets):
+            sources = self.books.places(self.settings)
+        balance = self.books.balance(sources, self.disturbances, exactly_once=self.plan.delivery == "exactly_once")
         problems = [*balance.problems, *self._exit_problems(codes), *self._log_problems()]
         if self.failures:  # the run was cut short: what is missing in the books says nothing
             problems, behind = [f"the run itself failed: {failure}" for failure in self.failures], {}
@@ -189,6 +192,7 @@ class Run:
             behind=behind,
             metrics=metrics,
             problems=problems,
+            figures={"uploads that stand twice": sum(len(places) > 1 for places in sources.values())},
         )
 
     def wait(self, done: Callable[[], bool], seconds: float, what: str) -> None:

@@ -54,7 +54,7 @@ class Run:
         self.books.letter(self.plans[number].key, self.plans[number].value, headers, stamp)
 
     def balance(self, *disturbances: Disturbance, exactly_once: bool = False) -> Balance:
-        sources = {number: (number % 4, number) for number in range(COUNT)}
+        sources = {number: {(number % 4, number)} for number in range(COUNT)}
         return self.books.balance(sources, list(disturbances), exactly_once=exactly_once)
 
 
@@ -160,3 +160,19 @@ def test_a_host_may_fail_for_its_own_events_only(run: Run) -> None:
     assert run.balance().host_failed == 1
     run.write(first(run, "unique"), reason="fetch.unavailable")
     assert any("fetch.unavailable for a good image" in problem for problem in run.balance().problems)
+
+
+def test_a_record_that_its_producer_wrote_twice_has_two_places(run: Run) -> None:
+    acknowledged = {number: (number % 4, number) for number in range(COUNT)}
+    for number in range(COUNT):
+        run.write(number)
+    assert not run.books.misplaced(acknowledged)
+    number = first(run, "unique")
+    source = verdict_of(number, run.plans[number])["source"] | {"offset": COUNT + 1}
+    run.write(number, source=source)
+    assert run.books.misplaced(acknowledged)
+    kill = Disturbance("broker_kill", START, START)
+    assert run.balance(kill).problems  # it stands nowhere but where the uploader was told
+    places = {other: {place} for other, place in acknowledged.items()}
+    places[number].add((number % 4, COUNT + 1))
+    assert run.books.balance(places, [kill]).problems == []
