@@ -106,7 +106,7 @@ class Container:
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, *command: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Its command, or another one inside it (`kubectl exec`), to the end."""
         chosen = [sys.executable, "-m", *command] if command else self.command
         return subprocess.run(chosen, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s)
