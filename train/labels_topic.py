@@ -1,7 +1,7 @@
 """The label topic and the upload topics, read without a group by the worker's own settings (`WORKER_KAFKA__…`).
 
-kafka-python can hang in `poll` at a batch it cannot decode, so reading happens in a thread that is given up when nothing comes
-of it.
+Batches that cannot be decoded are passed over (`train.labels_batches`); should the client hang all the same, reading happens in a
+thread that is given up when nothing comes of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from train.data import DataError
 from train.labels import Label, LabelFold, Tally, Upload
+from train.labels_batches import skip_damaged
 
 if TYPE_CHECKING:
     from kafka import KafkaConsumer
@@ -155,6 +156,7 @@ class UploadReader:
         if self._consumer is None:
             # Without a reset: an offset that is gone is an answer, not a reason to read another one.
             self._consumer = KafkaConsumer(**self._options.consumer() | {"max_poll_records": 1, "auto_offset_reset": "none"})
+            skip_damaged(self._consumer, lambda place, reason: None)
         consumer, place = self._consumer, TopicPartition(upload.topic, upload.partition)
         if upload.partition not in (consumer.partitions_for_topic(upload.topic) or ()):
             return None
@@ -185,6 +187,15 @@ def _read_labels(options: KafkaOptions) -> tuple[list[Label], Tally]:
         consumer.assign(partitions)
         consumer.seek_to_beginning()
         fold = LabelFold()
+        seen: set[str] = set()
+
+        def damaged(place: str, _: str) -> None:
+            # A batch may be fetched more than once.
+            if place not in seen:
+                seen.add(place)
+                fold.tally.skip("a record batch that cannot be decoded", place)
+
+        skip_damaged(consumer, damaged)
         ends: dict[Any, int] = {}
         # A record's own partition orders it; across partitions there is no order, and an entry has all of its records in one.
         quiet_until = time.monotonic() + QUIET_S
