@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from train.data import DataError
 from train.labels import Label, Tally
+from train.labels_buckets import read_object
 from train.labels_topic import KafkaOptions, TopicError, UploadReader
 
 MAX_IMAGE_BYTES = 50 * 2**20
@@ -163,7 +164,7 @@ def _read_address(url: str, allowed: Allowed) -> bytes:
     if parts.scheme in ("s3", "gs"):
         if parts.netloc not in allowed.buckets:
             raise LookupError(f"bucket not allowed: {parts.netloc[:80]}")
-        return _read_bucket(parts.scheme, parts.netloc, unquote(parts.path.lstrip("/")), allowed.max_bytes)
+        return read_object(parts.scheme, parts.netloc, unquote(parts.path.lstrip("/")), allowed.max_bytes)
     if parts.scheme in ("http", "https"):
         if (parts.hostname or "") not in allowed.hosts:
             raise LookupError(f"host not allowed: {(parts.hostname or '')[:80]}")
@@ -183,31 +184,6 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as stream:
         return _within(stream.read(max_bytes + 1), max_bytes)
-
-
-def _read_bucket(scheme: str, bucket: str, key: str, max_bytes: int) -> bytes:
-    """Credentials, region and endpoint come from the standard variables of AWS and Google, as for the worker."""
-    from datetime import timedelta
-
-    import obstore
-    from obstore.exceptions import BaseError
-    from obstore.store import ClientConfig, GCSStore, S3Store
-
-    client: ClientConfig = {"timeout": timedelta(seconds=TIMEOUT_S)}
-    try:
-        if scheme == "s3":
-            if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-                client["allow_http"] = True
-            store: Any = S3Store(bucket, client_options=client)
-        else:
-            store = GCSStore(bucket, client_options=client)
-        result = obstore.get(store, key)
-        if result.meta["size"] > max_bytes:
-            raise LookupError("image too large")
-        return bytes(result.bytes())
-    except BaseError as exc:
-        # Its message holds endpoints and addresses.
-        raise LookupError(f"{scheme} object not to be had ({type(exc).__name__})") from exc
 
 
 def _read_http(url: str, max_bytes: int) -> bytes:
