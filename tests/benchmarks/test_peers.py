@@ -36,14 +36,18 @@ def test_the_page_shows_the_committed_result() -> None:
 def test_a_peer_that_is_ahead_is_named_and_one_behind_is_not() -> None:
     text = page.tables(result(course(events_per_s=125.0, p50_ms=40.0)))
     assert "events/s 0.80 times peer's (**the peer is ahead**)" in text
-    assert "p50 0.50 times peer's;" in text
-    assert "| peer | 125 |" in text
+    assert "p50, ms 0.50 times peer's;" in text
+    assert "| peer | 125 |" in text and "one 9.00" in text
 
 
-def test_a_course_that_was_not_run_to_its_end_is_not_shown() -> None:
-    found = course()
+def test_a_busy_machine_shows_what_a_clock_cannot_spoil() -> None:
+    found = course(cpu_s_per_1000=1.5)
+    busy = {"commit": "abc", "at": "2026-01-02T03:04:05+00:00", "load_average": 7.0}
+    found["throughput"] = found["throughput"] | {"made": busy}
     del found["latency"]
-    assert "events/s" not in page.tables(result(found))
+    text = page.tables(result(found))
+    assert "| | CPU s per 1,000 | memory, MiB |" in text and "was busy" in text
+    assert "CPU s per 1,000 2.00 times peer's (**the peer is ahead**)" in text
 
 
 def test_what_a_kill_cost_is_shown() -> None:
