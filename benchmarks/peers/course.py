@@ -94,12 +94,14 @@ class Running:
     def __init__(self, contestant: Contestant, bootstrap: str, model: str, scratch: Path) -> None:
         self.name = contestant.name
         self._log = scratch / f"{uuid.uuid4().hex}.log"
-        self._processes = []
-        with self._log.open("ab") as log:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        with self._log.open("ab") as log, contextlib.ExitStack() as stack:
+            stack.callback(self.stop)  # those that were started, where the others do not come up
             for command, environment in contestant.commands(bootstrap, model):
                 self._processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
                 if (port := environment.get("PEER_PORT")) is not None:
                     self._wait_for(int(port))
+            stack.pop_all()
 
     def _wait_for(self, port: int) -> None:
         deadline = time.monotonic() + 120
