@@ -74,12 +74,11 @@ def test_the_circuit_of_a_whole_worker_opens_holds_and_closes(broker: EmbeddedBr
             run.reader.look(0.05)
         assert looks
         run.watch(lambda: uploader.done, begun)
-        metrics = run.workers.metrics(0)
+        run.wait(lambda: run.workers.metrics(0)[OPEN] == 0, 60, "gauge of the closed circuit")
         report = run.finish(uploader, begun)
         log = run.workers.log(0)
     assert not report.problems, report.problems
     assert report.balance.duplicates == report.balance.duplicate_letters == 0
-    assert metrics[OPEN] == 0
     assert not run.workers.exits or all(one.wanted for one in run.workers.exits)
     told = [json.loads(line)["event"] for line in log.splitlines() if '"circuit.' in line]
     assert told[0] == "circuit.opened"
