@@ -20,6 +20,8 @@ from worker.settings import KafkaSettings
 
 SLACK_S = 30.0
 """A fault is felt so long after its end: a session that has to expire, a rebalance, revokes that wait."""
+RETRIED_S = 60.0
+"""What doubled the retry record of an event lies so long before both of its verdicts."""
 Place = tuple[int, int]
 """Partition and offset."""
 DECODER_CODES = ("decode.timeout", "decode.crashed")
@@ -218,11 +220,12 @@ class Books:
                 found.problems.append(f"record {number}: a dead letter for {code} instead of {planned.code}")
         found.duplicates += sum(len(stamps) - 1 for stamps in by_id.values())
         found.duplicate_letters += max(0, len(letters) - 1)
+        before_s = RETRIED_S if planned.kind == "url" else 0.0
         for stamps in [*by_id.values(), [stamp for _, stamp in letters]]:
             stamps.sort()
             for first, second in itertools.pairwise(stamps):
                 found.repeats.append((first, second, min(places)[0] if places else -1))
-                if not any(one.touches(first, second) for one in disturbances):
+                if not any(one.touches(first - before_s, second) for one in disturbances):
                     found.unexplained.append(planned.event_id or planned.key.decode())
 
     def _check_failure(

@@ -107,6 +107,16 @@ def test_duplicates_are_counted_and_need_a_cause(run: Run) -> None:
     assert run.balance(kill, exactly_once=True).problems == ["1 verdicts and 0 dead letters twice, read committed"]
 
 
+def test_a_retried_event_was_doubled_before_its_verdicts(run: Run) -> None:
+    """An expelled member and its successor both send it to the retry topic; both verdicts come of that, later."""
+    for number in range(COUNT):
+        run.write(number)
+    run.write(first(run, "url"), START + 1)
+    stopped = Disturbance("worker_stop", START - SLACK_S - 30, START - SLACK_S - 10)
+    assert run.balance(stopped).problems == []
+    assert run.balance(Disturbance("worker_stop", START - SLACK_S - 90, START - SLACK_S - 70)).problems
+
+
 def test_a_dead_letter_twice_is_a_duplicate_too(run: Run) -> None:
     for number in range(COUNT):
         run.write(number)
