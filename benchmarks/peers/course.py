@@ -152,8 +152,28 @@ class Running:
 
 
 def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    own = psutil.Process(process.pid)
-    return [own, *own.children(recursive=True)]
+    return _members(psutil.Process(process.pid))
+
+
+def _members(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+class Others:
+    """How much of the processors other work takes while something is measured: what a clock says is worth little beside it."""
+
+    def __init__(self) -> None:
+        self._before, self._at = self._used(), time.monotonic()
+
+    def share(self) -> float:
+        """Of all processors since the start: not this process, and nothing it started."""
+        return max(0.0, self._used() - self._before) / (time.monotonic() - self._at) / (os.cpu_count() or 1)
+
+    @staticmethod
+    def _used() -> float:
+        spent = psutil.cpu_times()
+        own = sum(sum(member.cpu_times()[:2]) for member in _members(psutil.Process()))
+        return float(sum(spent) - spent.guest - spent.guest_nice - spent.idle - spent.iowait) - own
 
 
 @contextmanager

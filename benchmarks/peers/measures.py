@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.contestants import Contestant
-from benchmarks.peers.course import Field, running
+from benchmarks.peers.course import Field, Others, running
 from benchmarks.simulated_device import poisson
 from worker.embedded import EmbeddedBroker
 
@@ -27,13 +27,14 @@ def throughput(contestant: Contestant, model: str, pictures: list[bytes], scratc
         field.send(pictures, "backlog")
         with running(contestant, field, model, scratch) as process:
             field.wait(WARM_UP, process)
-            before, seen, started = process.cpu_s(), len(field.seen), time.monotonic()
+            before, seen, started, others = process.cpu_s(), len(field.seen), time.monotonic(), Others()
             field.wait(len(pictures), process)
             took, used, done = time.monotonic() - started, process.cpu_s() - before, len(field.seen) - seen
             return {
                 "events_per_s": done / took,
                 "cpu_s_per_1000": used / done * 1000,
                 "memory_mib": process.proportional_mib(),
+                "others_share": others.share(),
             }
 
 
@@ -48,7 +49,7 @@ def latency(
             field.send(pictures[:WARM_UP], "warm")
             field.wait(WARM_UP, process)
             sent: dict[str, float] = {}
-            begun, before = time.monotonic(), process.cpu_s()
+            begun, before, others = time.monotonic(), process.cpu_s(), Others()
             for number, moment in enumerate(moments):
                 while (left := begun + moment - time.monotonic()) > 0:
                     field.look(min(left, 0.01))
@@ -61,6 +62,7 @@ def latency(
                 "p50_ms": float(np.median(taken)),
                 "p99_ms": float(np.percentile(taken, 99)),
                 "cpu_s_per_1000": (process.cpu_s() - before) / len(sent) * 1000,
+                "others_share": others.share(),
                 "rate_per_s": rate_per_s,
                 "events": len(sent),
             }

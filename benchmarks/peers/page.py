@@ -15,6 +15,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "peers.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.peers.page -->", "<!-- end -->"
 
 OURS = "this worker"
+OTHERS = 0.1
+"""Of the processors: with more than that beside a contestant, what a clock says is not shown."""
 TITLES = {"openvino": "The real model on this machine's processor", "simulated": "A simulated device"}
 
 
@@ -23,29 +25,27 @@ def tables(result: dict[str, Any]) -> str:
     figures, machine = result["figures"], result["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in figures["packages"].items())
     parts = [f"{machine['cpu']}, {machine['cores']} cores; {figures['picture']}; {packages}."]
-    parts += [
-        _course(title, figures[name], machine["cores"]) for name, title in TITLES.items() if "throughput" in figures.get(name, {})
-    ]
+    parts += [_course(title, figures[name]) for name, title in TITLES.items() if "throughput" in figures.get(name, {})]
     parts += [_kills(figures["simulated"]["kills"])] if "kills" in figures.get("simulated", {}) else []
     return "\n\n".join(parts)
 
 
-def quiet(part: dict[str, Any], cores: int) -> bool:
-    """Whether nobody else kept the processor busy when the part began."""
-    return float(part["made"]["load_average"]) <= cores
+def quiet(part: dict[str, Any]) -> bool:
+    """Whether other work took little of the processors beside every contestant."""
+    return all(number(row.get("others_share", 1.0)) <= OTHERS for row in part["contestants"].values())
 
 
-def _course(title: str, course: dict[str, Any], cores: int) -> str:
+def _course(title: str, course: dict[str, Any]) -> str:
     throughput, latency = course["throughput"], course.get("latency")
     columns = [("CPU s per 1,000", throughput, "cpu_s_per_1000", ".2f"), ("memory, MiB", throughput, "memory_mib", ".0f")]
-    if quiet(throughput, cores):
+    if quiet(throughput):
         columns.insert(0, ("events/s", throughput, "events_per_s", ".0f"))
-    if latency is not None and quiet(latency, cores):
+    if latency is not None and quiet(latency):
         columns += [("p50, ms", latency, "p50_ms", ".0f"), ("p99, ms", latency, "p99_ms", ".0f")]
         columns += [("CPU s per 1,000 at that load", latency, "cpu_s_per_1000", ".2f")]
     names = list(throughput["contestants"])
     lines = [
-        f"**{title}** ({course['model']}). Made: {_moment(throughput)}.{_about_latency(latency, cores)}",
+        f"**{title}** ({course['model']}). Made: {_moment(throughput)}.{_about_latency(latency)}",
         "",
         f"| | {' | '.join(heading for heading, *_ in columns)} |",
         f"|---|{'--:|' * len(columns)}",
@@ -61,7 +61,7 @@ def _course(title: str, course: dict[str, Any], cores: int) -> str:
     if (released := course.get("released")) is not None:
         ways = (f"{way} {row['cpu_s_per_1000']:.2f}" for way, row in released["contestants"].items())
         lines += ["", f"CPU s per 1,000 of the released way, from files without Kafka: {', '.join(ways)}."]
-    if not quiet(throughput, cores):
+    if not quiet(throughput):
         lines += [
             "",
             "The machine was busy with other work: events/s and latency are not shown, for they would say who had luck.",
@@ -69,8 +69,8 @@ def _course(title: str, course: dict[str, Any], cores: int) -> str:
     return "\n".join(lines)
 
 
-def _about_latency(latency: dict[str, Any] | None, cores: int) -> str:
-    if latency is None or not quiet(latency, cores):
+def _about_latency(latency: dict[str, Any] | None) -> str:
+    if latency is None or not quiet(latency):
         return ""
     rate = latency["contestants"][OURS]["rate_per_s"]
     return f" Latency at {rate:.0f} uploads/s, at random moments: {_moment(latency)}."

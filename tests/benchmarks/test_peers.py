@@ -11,8 +11,8 @@ from benchmarks.peers import page
 
 
 def course(**peer: float) -> dict[str, Any]:
-    own = {"events_per_s": 100.0, "cpu_s_per_1000": 3.0, "memory_mib": 200.0}
-    calm = {"p50_ms": 20.0, "p99_ms": 50.0, "cpu_s_per_1000": 4.0, "rate_per_s": 30.0}
+    own = {"events_per_s": 100.0, "cpu_s_per_1000": 3.0, "memory_mib": 200.0, "others_share": 0.02}
+    calm = {"p50_ms": 20.0, "p99_ms": 50.0, "cpu_s_per_1000": 4.0, "rate_per_s": 30.0, "others_share": 0.02}
     made = {"commit": "abc", "at": "2026-01-02T03:04:05+00:00", "load_average": 1.2}
     return {
         "model": "one",
@@ -42,8 +42,7 @@ def test_a_peer_that_is_ahead_is_named_and_one_behind_is_not() -> None:
 
 def test_a_busy_machine_shows_what_a_clock_cannot_spoil() -> None:
     found = course(cpu_s_per_1000=1.5)
-    busy = {"commit": "abc", "at": "2026-01-02T03:04:05+00:00", "load_average": 7.0}
-    found["throughput"] = found["throughput"] | {"made": busy}
+    found["throughput"]["contestants"]["peer"]["others_share"] = 0.5
     del found["latency"]
     text = page.tables(result(found))
     assert "| | CPU s per 1,000 | memory, MiB |" in text and "was busy" in text
