@@ -183,7 +183,12 @@ class _Verdicts:
     """Counts verdicts."""
 
     def __init__(self, bootstrap: str) -> None:
-        self._consumer = KafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False)
+        self._consumer = KafkaConsumer(
+            bootstrap_servers=bootstrap,
+            auto_offset_reset="earliest",
+            enable_auto_commit=False,
+            max_poll_records=50,  # the warm-up ends within so many of its end
+        )
         self._consumer.assign(
             [TopicPartition("image.verdicts", p) for p in self._consumer.partitions_for_topic("image.verdicts") or ()]
         )

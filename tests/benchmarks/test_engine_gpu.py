@@ -57,7 +57,7 @@ def test_the_table() -> None:
 
 @pytest.mark.slow
 def test_a_worker_end_to_end() -> None:
-    whole = engine_gpu.worker(40)
+    whole = engine_gpu.worker(240)
     assert whole["backend"] in {"openvino", "torch", "tensorrt", "tensorrt_rtx"}
     assert whole["events_per_s"] > 0
     assert whole["cpu_s_per_1000"] > 0
