@@ -41,15 +41,15 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/.demo
 	@exec $(BIN)/python -m worker dev --samples $(if $(IMAGES),--images "$(IMAGES)") $(if $(ONCE),--once)
 
-# Fast tests side by side; then the long ones, and last what measures time, each alone. RERUNS=1 (CI) gives a failed test a second
-# try and names it at the end.
+# Fast tests side by side; then the long ones, two files at a time; last what measures time, each alone. RERUNS=1 (CI) gives a failed
+# test a second try and names it at the end.
 RERUNS ?= 0
 PYTEST = $(BIN)/python -m pytest --reruns $(RERUNS)
 FAST = $(PYTEST) -m "not slow and not timing" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/.dev
 	@$(FAST)
-	@$(PYTEST) -m "slow and not timing"
+	@$(PYTEST) -m "slow and not timing" --numprocesses 2 --dist loadfile
 	@$(PYTEST) -m timing
 
 test-fast: $(VENV)/.dev
