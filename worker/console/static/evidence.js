@@ -39,7 +39,7 @@ export function neighbours(found) {
   const body = h("div", {});
   const show = (evidence) => fill(body, evidence.neighbours.length ? h("table", { class: "small" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "image"), h("th", { scope: "col" }, "label"), h("th", { scope: "col", class: "number" }, "cosine"))),
-    h("tbody", {}, evidence.neighbours.map((n) => h("tr", {}, h("td", { class: "event" }, n.id), h("td", {}, badge(n.label)), h("td", { class: "number" }, n.cosine.toFixed(3)))))) :
+    h("tbody", {}, evidence.neighbours.map((n) => h("tr", {}, h("td", { class: "neighbour" }, n.id), h("td", {}, badge(n.label)), h("td", { class: "number" }, n.cosine.toFixed(3)))))) :
     h("p", { class: "quiet" }, "none"));
   if (found) show(found);
   else fill(body, h("p", { class: "quiet" }, "looking…"));
