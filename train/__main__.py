@@ -173,10 +173,10 @@ def _backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="torch", help="for embeddings: torch (fp32), openvino, tensorrt, auto")
 
 
-def _c(text: str) -> float | None:
-    """Above 0; None for auto is told by NaN, so that the default stays the paper's."""
+def _c(text: str) -> float | str:
+    """Above 0, or auto."""
     if text == "auto":
-        return math.nan
+        return text
     value = float(text)
     if not (0 < value < math.inf):
         raise ValueError(text)
@@ -186,7 +186,7 @@ def _c(text: str) -> float | None:
 def _probe(args: argparse.Namespace) -> int:
     from train import probe, stages
 
-    c = probe.C if args.c is None else None if math.isnan(args.c) else args.c
+    c = probe.C if args.c is None else None if args.c == "auto" else args.c
     given = f" --name {shlex.quote(args.name)} --copies {args.copies} --seed {args.seed}" + " --no-aligned" * args.no_aligned
     given += "" if args.c is None else f" --c {'auto' if c is None else format(c, 'g')}"
     given += " --pool" * args.pool + f" --backend {args.backend}" * (args.backend != "torch")

@@ -23,7 +23,7 @@ from engine.bundle import Bundle
 from engine.detector import Detector
 from engine.file_lock import LockTimeout, hold
 from engine.manifest import REPLAY_FILE
-from train import gate, promote, refit, replay, rollback, shift
+from train import drafts, gate, promote, refit, replay, rollback, shift
 from train import labels as label_records
 from train import refresh_steps as work
 from train.data import Damage, DataError, digest, read_manifest
@@ -294,7 +294,7 @@ def _candidate(
     shifts_before = {str(head): float(by) for head, by in before.items() if isinstance(by, int | float)}
 
     def calibrated(folder: Path) -> dict[str, Any]:
-        draft, shifts = work.calibrated(work.draft_of(fit), parts, shifts_before, _sample(options, champion))
+        draft, shifts = work.calibrated(drafts.of(fit), parts, shifts_before, _sample(options, champion))
         work.write_bundle(folder / "bundle", draft)
         return shifts
 
@@ -354,7 +354,7 @@ def _promote(
         version, there = _version(models, champion.manifest.version, candidate)
         write_json(options.work / PROMOTING_FILE, {"version": version, "heads_sha256": heads, "question": key})
         if not there:
-            draft = work.draft_of(candidate) | {
+            draft = drafts.of(candidate) | {
                 "version": version,
                 "metrics": {"report": reports["candidate"], "refresh": facts},
                 "model_card": refreshed_card(champion, version, reports, facts, rules),

@@ -16,7 +16,7 @@ from engine.heads import HEADS, unit_rows
 from engine.images import ImageError, read
 from engine.manifest import Histogram, Parent, Reference
 from engine.preprocess import center_crop
-from train import agreement, evaluate, metrics, probe, refit, replay, shift
+from train import agreement, drafts, evaluate, metrics, probe, refit, replay, shift
 from train import calibrate as calibration
 from train.augment import PRESETS
 from train.data import Damage, DataError, read_manifest, trained_sources
@@ -104,35 +104,12 @@ def refitted(champion: Bundle, train: Embedded, labelled: refit.Weighted) -> dic
     """The fields of a bundle with the champion's encoder and refitted heads, its calibration still the champion's."""
     manifest = champion.manifest
     parents = (Parent(name=manifest.name, version=manifest.version, digest=champion.digest),)
-    return draft_of(champion) | {
+    return drafts.of(champion) | {
         "version": "candidate",
         "heads": refit.refit(champion.heads, train, labelled, _regularisation(champion)),
         "linear_c": _regularisation(champion),
         "svm_nu": probe.NU,
         "parents": parents,
-    }
-
-
-def draft_of(loaded: Bundle) -> dict[str, Any]:
-    """The fields of a loaded bundle, without its measures, card and replay. Its time is kept, so that the same content gives the
-    same bytes, and a step's outcome is known by its digest."""
-    manifest = loaded.manifest
-    return {
-        "name": manifest.name,
-        "version": manifest.version,
-        "encoder": loaded.encoder,
-        "heads": loaded.heads,
-        "calibration": manifest.calibration,
-        "layer_norm_eps": manifest.encoder.layer_norm_eps,
-        "model_card": f"# {manifest.name}\n\nA step of a refresh: not for use.\n",
-        "preprocess": loaded.preprocess,
-        "thresholds": manifest.thresholds,
-        "abstain": manifest.abstain,
-        "reference": manifest.reference,
-        "parents": manifest.parents,
-        "linear_c": manifest.heads.linear.c,
-        "svm_nu": manifest.heads.ocsvm.nu,
-        "created_at": manifest.created_at,
     }
 
 

@@ -25,7 +25,7 @@ from engine.detector import Detector
 from engine.heads import HEADS
 from engine.manifest import Histogram, Parent, Reference
 from engine.preprocess import Layout
-from train import agreement, card, evaluate, probe, promote, replay, report_page, rollback, scoring, thumbnails
+from train import agreement, card, drafts, evaluate, probe, promote, replay, report_page, rollback, scoring, thumbnails
 from train import calibrate as calibration
 from train.augment import PRESETS
 from train.data import Damage, DataError, Entry, digest, licences, read_manifest, trained_sources
@@ -217,7 +217,7 @@ def run_calibrate(
     # Photographs of one folder are independent of each other; generated images of one folder may share a prompt.
     groups = [f.group if f.label else f.key for f in facts]
     calibrations, thresholds, losses = calibration.calibrate(raw, labels, groups, [f.key for f in facts], crops)
-    draft = _draft_of(loaded)
+    draft = drafts.of(loaded) | {"created_at": None}
     scores = {}
     for i, head in enumerate(HEADS):
         scored = calibration.probabilities(calibrations[head], raw[..., i])
@@ -309,30 +309,12 @@ def run_promote(
         return rules, None
     facts = read_facts(out)
     text = card.model_card(loaded, report, facts)
-    draft = {**_draft_of(loaded), "model_card": text, "metrics": {"report": report}, "parents": parents}
+    draft = drafts.of(loaded) | {"model_card": text, "metrics": {"report": report}, "parents": parents, "created_at": None}
     draft["replay"] = replay.kept(out, loaded.manifest.encoder.sha256)
     with rollback.publishing(models):
         bundles.write(models / version, bundles.Draft(**draft))
         (models / "TRAINING.md").write_text(card.training_page(loaded.manifest.name, version, facts, commands), encoding="utf-8")
         return rules, bundles.publish(models, version)
-
-
-def _draft_of(loaded: bundles.Bundle) -> dict[str, Any]:
-    manifest = loaded.manifest
-    return {
-        "name": manifest.name,
-        "version": manifest.version,
-        "encoder": loaded.encoder,
-        "heads": loaded.heads,
-        "calibration": manifest.calibration,
-        "layer_norm_eps": manifest.encoder.layer_norm_eps,
-        "model_card": f"# {manifest.name} {manifest.version}\n\nA step of a training run: not for use.\n",
-        "thresholds": manifest.thresholds,
-        "abstain": manifest.abstain,
-        "reference": manifest.reference,
-        "linear_c": manifest.heads.linear.c,
-        "svm_nu": manifest.heads.ocsvm.nu,
-    }
 
 
 def _replaced(folder: Path, draft: bundles.Draft) -> Path:

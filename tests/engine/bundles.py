@@ -36,7 +36,10 @@ def random_heads(seed: int = 0, gallery: int = 48, vectors: int = 24) -> Heads:
         linear_bias=np.array(0.1, np.float32),
         knn_gallery=unit_rows(rng.standard_normal((gallery, EMBEDDING_DIM)).astype(np.float32)),
         knn_labels=labels,
-        knn_ids=tuple(f"{'fake' if label else 'real'}-{row}" for row, label in enumerate(labels)),
+        # As long as `train probe` makes them.
+        knn_ids=tuple(
+            f"some-source-of-images / generator / {'fake' if one else 'real'}-{row:011}" for row, one in enumerate(labels)
+        ),
         svm_vectors=rng.standard_normal((vectors, EMBEDDING_DIM)).astype(np.float32),
         svm_dual=rng.uniform(0.1, 1.0, vectors).astype(np.float32),
         svm_intercept=np.array(-0.1, np.float32),
