@@ -16,7 +16,7 @@ from engine.detector import Detector
 from engine.heads import EMBEDDING_DIM, HEADS
 from worker import log, settings
 from worker.app import App
-from worker.engines import EngineLoader, engine_of
+from worker.engines import EngineLoader, Opening, engine_of
 from worker.outcomes import Engine
 
 
@@ -30,7 +30,7 @@ class Instant(NullBackend):
 class NullLoader(EngineLoader):
     """Opens the bundle on the null backend."""
 
-    def load(self) -> Engine:
+    def load(self, opening: Opening | None = None) -> Engine:
         """The engine whose scores are made without a device."""
         opened = bundle.load(self._path())
         detector = Detector.from_parts(opened, Instant("cpu"), head=self._settings.engine.head, crops=self._settings.engine.crops)

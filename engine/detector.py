@@ -6,7 +6,7 @@ backend (`combine`, the properties) may be called from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +63,7 @@ class Detector:
         head: str = "linear",
         crops: str = "center",
         threads: int = 0,
+        opening: Callable[[Bundle, Backend], None] | None = None,
         **options: Any,
     ) -> Detector:
         """Load a bundle on a backend.
@@ -73,6 +74,7 @@ class Detector:
                 given to any backend, and mean something to those that compile plans.
             head: the serving head: linear, knn or ocsvm.
             crops: how images are cut: center or five.
+            opening: called when the bundle is found whole and a backend's packages and device are there, before it is loaded.
 
         Raises:
             BundleError: the bundle is missing or damaged.
@@ -82,7 +84,7 @@ class Detector:
         """
         _check_names(head, crops)
         bundle = load(packaged() if bundle_path is None else bundle_path)
-        loaded = backends.load_first(bundle, backend, device, threads, **options)
+        loaded = backends.load_first(bundle, backend, device, threads, opening, **options)
         return cls(bundle, loaded, cast(Head, head), cast(Layout, crops))
 
     @classmethod

@@ -19,6 +19,7 @@ from worker import kafka_clients, process_memory, thread_names
 from worker.budget import Budget
 from worker.clock import Clock, Deadline, SystemClock
 from worker.delays import DelayQueue
+from worker.engine_start import EngineStart
 from worker.engines import EngineLoader
 from worker.errors import FatalError
 from worker.health import Health, HealthServer
@@ -43,6 +44,7 @@ log = structlog.get_logger(__name__)
 
 POLL_TIMEOUT_S = 0.1
 """Longest wait of one poll: bounds how late the main loop sees a signal, a failure or a due retry."""
+LOADING_POLL_S = 0.02
 GAUGE_INTERVAL_S = 1.0
 MAX_DELAYED = 10_000
 """Retries that may wait in memory; beyond, the retry topic is not read."""
@@ -167,9 +169,9 @@ class App:
         tracer = open_tracer(settings.tracing, clock)
         stack.callback(lambda: tracer.close(Deadline(TRACES_FLUSH_S, clock)))
         policy = PolicyKeeper(settings.policy, self._metrics)
-        engine = self._loader.load()
-        policy.bind(engine.detector)
-        health.set("engine", True)
+        start = EngineStart(self._loader, policy, settings.engine.head)
+        stack.callback(start.end)
+        start.wait_to_join()
         kafka_clients.ensure_topics(settings.kafka, Deadline(settings.kafka.startup_timeout_s, clock))
         ledger = Ledger()
         budget = Budget(settings.kafka.max_in_flight, settings.kafka.max_in_flight_bytes, settings.fetch.max_bytes)
@@ -186,6 +188,7 @@ class App:
         delays: DelayQueue[Delayed] = DelayQueue(
             MAX_DELAYED, settings.kafka.max_in_flight_bytes // 4, settings.fetch.retry_delay_max_s, clock
         )
+        engine = self._joined(start, health)
         # The consumer resumes reading from so many on.
         self._circuit = DeadLetterCircuit(settings.circuit, self._consumer.resumes_at, clock)
         stages = Stages(ledger, budget, delays, fetcher, cache, decoder, batcher, policy, self._publisher, self._circuit)
@@ -196,6 +199,15 @@ class App:
         decoder.start()
         stack.callback(lambda: decoder.close(Deadline(JOIN_TIMEOUT_S)))
         self._start_threads(decoder.threads, policy)
+
+    def _joined(self, start: EngineStart, health: Health) -> Engine:
+        """The engine, once it is loaded; until then the group is joined, and nothing is read."""
+        while (engine := start.loaded()) is None:
+            health.beat()
+            self._consumer.keep_alive(LOADING_POLL_S)
+            health.set("group", self._group.joined)
+        health.set("engine", True)
+        return engine
 
     def _open_publisher(self, ledger: Ledger) -> RecordWriter:
         kafka = self._settings.kafka

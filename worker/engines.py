@@ -17,7 +17,11 @@ from worker.outcomes import Engine
 from worker.settings import Settings
 
 if TYPE_CHECKING:
+    from engine.backends.base import Backend
+    from engine.bundle import Bundle
     from engine.detector import Detector
+
+Opening = Callable[["Bundle", "Backend"], None]
 
 log = structlog.get_logger(__name__)
 
@@ -30,9 +34,10 @@ class EngineLoader:
         self._metrics = metrics
         self._loaded: Path | None = None
         self._complaint: str | None = None
+        self._opening: Opening | None = None
 
-    def load(self) -> Engine:
-        """Open and warm the detector.
+    def load(self, opening: Opening | None = None) -> Engine:
+        """Open and warm the detector. `opening`: called in between, as `Detector.open` says.
 
         Raises:
             ConfigurationError: the bundle is missing or wrong, or the backend is not installed.
@@ -41,6 +46,7 @@ class EngineLoader:
         from engine import bundle
         from engine.backends.base import BackendUnavailable, DeviceError
 
+        self._opening = opening
         try:
             path = self._path()
             engine = self._open(path)
@@ -50,6 +56,8 @@ class EngineLoader:
             raise ConfigurationError(f"WORKER_ENGINE__BACKEND: {error}") from error
         except DeviceError as error:
             raise DependencyError(f"the device failed: {error}") from error
+        finally:
+            self._opening = None
         self._loaded = path
         self._metrics.set_engine(engine.model.version, engine.model.backend, engine.model.device)
         return engine
@@ -94,6 +102,7 @@ class EngineLoader:
             head=settings.engine.head,
             crops=settings.engine.crops,
             threads=settings.engine.threads,
+            opening=self._opening,
             plan_cache=settings.engine.plan_cache,
             batch_sizes=batch_sizes,
         )

@@ -16,7 +16,7 @@ from engine.backends.null import NullBackend
 from engine.detector import Detector
 from worker import log, settings
 from worker.app import App
-from worker.engines import EngineLoader, engine_of
+from worker.engines import EngineLoader, Opening, engine_of
 from worker.outcomes import Engine
 
 
@@ -32,7 +32,7 @@ class SimulatedBackend(NullBackend):
 class SimulatedLoader(NullLoader):
     """Opens the bundle on the simulated device."""
 
-    def load(self) -> Engine:
+    def load(self, opening: Opening | None = None) -> Engine:
         """The engine that takes time and nothing else."""
         detector = Detector.from_parts(bundle.load(self._path()), SimulatedBackend())
         self._metrics.set_engine(detector.version, detector.backend_name, detector.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,18 @@ def create(name: str = "auto", device: str = "auto", threads: int = 0, **options
     raise BackendUnavailable(_none_runs(name, device, refused))
 
 
-def load_first(bundle: Bundle, name: str = "auto", device: str = "auto", threads: int = 0, **options: Any) -> Backend:
+def load_first(
+    bundle: Bundle,
+    name: str = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    opening: Callable[[Bundle, Backend], None] | None = None,
+    **options: Any,
+) -> Backend:
     """Like `create`, and loads the bundle; with auto, goes on to the next backend where one cannot run this bundle.
+
+    `opening` is called before each attempt: the bundle is whole and the backend's packages and device are there; what is left
+    is to load (compile, upload), which takes some seconds (`Backend.loads_in_seconds`) or many minutes.
 
     Raises:
         BackendUnavailable, ValueError: as `create`.
@@ -56,6 +66,8 @@ def load_first(bundle: Bundle, name: str = "auto", device: str = "auto", threads
     """
     refused: list[str] = []
     for backend in _candidates(name, device, threads, options, refused):
+        if opening is not None:
+            opening(bundle, backend)
         try:
             backend.load(bundle)
         except BackendUnavailable as error:

@@ -73,6 +73,11 @@ class Backend(Protocol):
         """cpu, cuda:0, …"""
         ...
 
+    @property
+    def loads_in_seconds(self) -> bool:
+        """Whether `load` takes seconds whatever is cached; else it may compile for many minutes."""
+        ...
+
     def load(self, bundle: Bundle) -> None:
         """Put the model on the device. Once."""
         ...
@@ -100,6 +105,7 @@ class CheckedBackend(ABC):
     name: str = ""
     device: str = ""
     max_batch_size: int | None = None
+    loads_in_seconds: bool = False
 
     def __init__(self) -> None:
         self._state = "new"

@@ -45,6 +45,7 @@ class OpenVINOBackend(CheckedBackend):
     """
 
     name = "openvino"
+    loads_in_seconds = True
     OPTIONS = ("precision",)
 
     def __init__(self, device: str = "auto", threads: int = 0, precision: str = "auto") -> None:

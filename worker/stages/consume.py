@@ -261,7 +261,7 @@ class Consumer:
                 return self._commit is None
             if self._commit is None:
                 return True
-            self._keep_alive(min(0.05, deadline.remaining()))
+            self.keep_alive(min(0.05, deadline.remaining()))
 
     def _harvest(self) -> None:
         """Take the answer to the commit in flight, if there is one."""
@@ -289,8 +289,8 @@ class Consumer:
             self._quiet_until[event] = now + COMPLAIN_INTERVAL_S
             log.warning(event, error=describe(error))
 
-    def _keep_alive(self, timeout_s: float) -> None:
-        """Wait a little with all partitions paused, polling for the sake of the membership."""
+    def keep_alive(self, timeout_s: float) -> None:
+        """Wait a little with all partitions paused, polling for the sake of the membership. Raises as `poll`."""
         self._full = True  # partitions that are assigned meanwhile are paused too
         self._apply_pauses(0)
         self._spare += self._read(timeout_s, 1)
