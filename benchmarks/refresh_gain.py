@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks import record
 from engine import bundle as bundles
 from engine.heads import HEADS
-from train import metrics, probe, refit, refresh_steps, replay
+from train import drafts, metrics, probe, refit, refresh_steps, replay
 from train.embed import Embedded, Facts
 
 MIN_TESTED = 20
@@ -64,7 +64,7 @@ def one(bundle: bundles.Bundle, parts: replay.Parts, generator: str, labels: int
     chosen, tested = drawn(pool, labels, seed)
     labelled, rest = pool.where(chosen), pool.where(tested)
     c = bundle.manifest.heads.linear.c or probe.C
-    first = refresh_steps.draft_of(bundle) | {"heads": probe.fit(judged[replay.TRAIN], c=c)}
+    first = drafts.of(bundle) | {"heads": probe.fit(judged[replay.TRAIN], c=c)}
     weighted = refit.weigh(labelled, ["ada"] * len(labelled.facts), judged[replay.TRAIN])
     second = first | {"heads": refit.refit(first["heads"], judged[replay.TRAIN], weighted, c)}
     every = parts["evaluate/clean"].where(parts["evaluate/clean"].labels == 0)

@@ -8,7 +8,7 @@ differ in which copies and patches they take. An aligned fake's crops share ever
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +71,26 @@ def opened(store: PixelStore, folder: Path, copies: int | None = None) -> NDArra
         what = f"{found} copies of this store" if found else "this store"
         raise DataError(f"{folder / 'pool.json'}: no pool of {what}; `train pretrain` makes it by a recipe's pool_copies")
     return np.memmap(folder / "pool.bin", np.uint8, "r", shape=shape(store, found))
+
+
+class Joined:
+    """Pools as one: items of the first, then those of the next."""
+
+    def __init__(self, parts: Sequence[NDArray[np.uint8]]) -> None:
+        self._parts = list(parts)
+
+    def __getitem__(self, number: int) -> NDArray[np.uint8]:
+        """uint8[copies, 224, 224, 3] of an item."""
+        for part in self._parts:
+            if number < len(part):
+                crops: NDArray[np.uint8] = part[number]
+                return crops
+            number -= len(part)
+        raise IndexError(number)
+
+
+Crops = NDArray[np.uint8] | Joined
+"""What a step's crops are taken from: [item] -> uint8[copies, 224, 224, 3]."""
 
 
 def _facts(store: PixelStore, copies: int) -> dict[str, object]:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as functional
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine.model import VisionTransformer
@@ -93,6 +95,13 @@ class Run:
         self.train_seconds = 0.0
         self._forward: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = self.trainee
         self._prepared_depth = 0
+
+    def start_classifier(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
+        """Begins with a linear head, float32[d] and [], that was fitted on this encoder, instead of a random one."""
+        with torch.no_grad():
+            for parameters in (dict(self.trainee.named_parameters()), self.average):
+                parameters["classifier.weight"].copy_(torch.from_numpy(np.array(weight, np.float32))[None])
+                parameters["classifier.bias"].copy_(torch.from_numpy(np.array(bias, np.float32).reshape(1)))
 
     @property
     def checkpoint(self) -> Path:

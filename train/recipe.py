@@ -19,7 +19,7 @@ GEOMETRIES = ("paper", "native")
 # Fields that came later count in the digest only where they are set, so that older checkpoints still resume.
 _ADDED = (
     *("pool_copies", "align_formats", "align_sizes", "augment_on", "lanes"),
-    *("probe_every", "patience", "probe_images", "deterministic"),
+    *("probe_every", "patience", "probe_images", "deterministic", "labelled_share"),
 )
 CHOICES = {
     "loss": VARIANTS,
@@ -67,7 +67,8 @@ class Recipe:
     or resized (`resize`) to the same size, so that size says nothing about class. augment_on: `device` computes the views in
     batches on the device (kornia). lanes: streams that a rank's shards are dealt to; loader processes take whole lanes.
     probe_every: steps between linear probes on held-out images (0: none); training stops after `patience` probes without a better
-    one, and the best one's weights are the encoder. deterministic: CUDA kernels that repeat bit for bit.
+    one, and the best one's weights are the encoder. deterministic: CUDA kernels that repeat bit for bit. labelled_share: for
+    `refresh --encoder`, of each class's draws what 50 and more labelled images take; fewer in proportion.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Recipe:
     patience: int = 6
     probe_images: int = 512
     deterministic: bool = True
+    labelled_share: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -169,6 +171,8 @@ def _check(recipe: Recipe, path: Path) -> None:
             raise RecipeError(f"{path}: {name} must be one of {', '.join(choices)}, not {getattr(recipe, name)!r}")
     if recipe.lanes < 1 or recipe.patience < 1 or recipe.probe_every < 0 or recipe.probe_images < 20:
         raise RecipeError(f"{path}: needs lanes >= 1, patience >= 1, probe_every >= 0 and probe_images >= 20")
+    if not 0 <= recipe.labelled_share < 1:
+        raise RecipeError(f"{path}: labelled_share lies in 0..1, below 1")
     if recipe.pool_copies < 0:
         raise RecipeError(f"{path}: pool_copies must be 0 or more")
     if recipe.pool_copies and (recipe.augment_on == "device" or recipe.align_sizes != "none"):

@@ -14,12 +14,10 @@ BASE_MARK = "<!-- the card of the model that refreshes began with -->"
 def refreshed_card(champion: Bundle, version: str, reports: dict[str, Any], facts: dict[str, Any], rules: Sequence[Rule]) -> str:
     """The card; the numbers are the reports', none is typed by hand."""
     manifest = champion.manifest
-    counts = facts["labels"]
     lines = [
         f"# {manifest.name} {version}",
         "",
-        f"The heads of {manifest.version} refitted on its replay and {counts['learned']} human decisions, {counts['new']} of "
-        "them new; the encoder is unchanged. Calibrated, compared and promoted by `train refresh` (docs/training.md).",
+        _what(manifest.version, facts),
         "",
         "## Before and after, on the same images",
         "",
@@ -53,6 +51,49 @@ def refreshed_card(champion: Bundle, version: str, reports: dict[str, Any], fact
         text = ", ".join(f"{head} {by:+.2f}" for head, by in sorted(shifted.items()))
         lines += [f"Logits are shifted by an unlabelled sample of the platform's uploads: {text}.", ""]
     return "\n".join([*lines, BASE_MARK, "", _base_card(champion)])
+
+
+def _what(before: str, facts: dict[str, Any]) -> str:
+    counts, encoder = facts["labels"], facts.get("encoder")
+    if encoder is None:
+        return (
+            f"The heads of {before} refitted on its replay and {counts['learned']} human decisions, {counts['new']} of them new; "
+            "the encoder is unchanged. Calibrated, compared and promoted by `train refresh` (docs/refresh.md)."
+        )
+    return (
+        f"The encoder of {before} trained on: {encoder['steps']} steps, {encoder['views']} views of its corpus and of "
+        f"{encoder['labelled']} labelled images (recipe {encoder['recipe']}); {encoder['held_out']} more were held out of it. "
+        f"Heads fitted anew on the corpus and {counts['learned']} human decisions, {counts['new']} of them new to the encoder. "
+        "Calibrated, compared and promoted by `train refresh --encoder` (docs/refresh.md). What the card below says of the "
+        "encoder's training is how it began."
+    )
+
+
+def training_page(name: str, version: str, facts: dict[str, Any], before: str) -> str:
+    """TRAINING.md of a version whose encoder a refresh trained on, above the page of the one before; the same when repeated."""
+    title = f"# How {name} {version} was trained"
+    if before.startswith(title):
+        return before
+    encoder = facts["encoder"]
+    lines = [
+        title,
+        "",
+        "```sh",
+        "python -m train refresh --encoder --models $MODELS --work $WORK --data $CORPUS",
+        "```",
+        "",
+        f"- recipe: {encoder['recipe']}, SHA-256 {encoder['recipe_sha256']}",
+        f"- steps: {encoder['steps']}, {encoder['views']} views, {encoder['seconds']} s",
+        f"- began with the encoder SHA-256: {encoder['start_sha256']}",
+        f"- encoder SHA-256: {encoder['encoder_sha256']}",
+        f"- training data: {encoder['corpus']['real']} real, {encoder['corpus']['fake']} generated files, list SHA-256 "
+        f"{encoder['corpus']['sha256']}; beside them {encoder['labelled']} labelled images, mixture {encoder['data']}",
+        f"- held out of the encoder: {encoder['held_out']} labelled images",
+        "",
+        "The version before:",
+        "",
+    ]
+    return "\n".join(lines) + "\n" + before
 
 
 def _base_card(champion: Bundle) -> str:

@@ -55,10 +55,16 @@ def _add_refresh(one: argparse.ArgumentParser) -> None:
     one.add_argument("--models", type=Path, required=True, help="folder of the model's versions, with CURRENT")
     one.add_argument("--work", type=Path, required=True, help="folder of this job; the same one each time")
     add_label_sources(one)
-    one.add_argument("--data", type=Path, help="the corpus with manifest.tsv, for a bundle that carries no replay")
+    one.add_argument("--data", type=Path, help="the corpus with manifest.tsv: for --encoder, and a bundle that carries no replay")
+    one.add_argument(
+        "--encoder", action="store_true", help="train the encoder too, from the champion's, on the corpus and labels"
+    )
+    one.add_argument("--recipe", type=Path, help="of --encoder: TOML file (train/recipes/refresh.toml)")
+    one.add_argument("--device", default="cpu", help="of --encoder: cpu, cuda, cuda:1")
+    one.add_argument("--workers", type=_count, default=1, help="of --encoder: loader processes (1)")
     one.add_argument("--unlabelled", type=Path, help="folder of a sample of uploads, for a logit shift")
     one.add_argument("--expected-share", type=_share, help="share of AI-generated images in that sample, e.g. 0.05")
-    one.add_argument("--min-labels", type=_positive, default=10, help="fewer new labels than this are left for later (10)")
+    one.add_argument("--min-labels", type=_positive, help="fewer new labels are left for later (10; --encoder 25)")
     one.add_argument("--reviewer-images", type=_positive, default=50, help="images that one reviewer's labels weigh at most (50)")
     one.add_argument("--max-fpr", type=_share, default=None, help="largest FPR on unseen sources at the threshold for 1%%")
     one.add_argument("--backend", default="torch", help="for embeddings: torch, openvino, tensorrt, auto")
@@ -109,6 +115,11 @@ def _refresh(args: argparse.Namespace) -> int:
     if (args.unlabelled is None) != (args.expected_share is None):
         _say("train refresh: --unlabelled and --expected-share belong together")
         return BAD
+    if args.encoder and args.data is None:
+        _say(
+            "train refresh: --encoder needs the corpus: --data FOLDER with manifest.tsv (no embedding goes through a new encoder)"
+        )
+        return BAD
     options = Options(
         models=args.models,
         work=args.work,
@@ -122,6 +133,10 @@ def _refresh(args: argparse.Namespace) -> int:
         reviewer_images=args.reviewer_images,
         max_fpr=gate.MAX_FPR if args.max_fpr is None else args.max_fpr,
         backend=args.backend,
+        encoder=args.encoder,
+        recipe=args.recipe,
+        device=args.device,
+        workers=args.workers,
     )
     return _guarded("refresh", lambda: _told(refresh(options, _say), args.ok_if_kept))
 

@@ -50,8 +50,11 @@ def embed_labelled(
     return _finite(embed(lambda crops: detector.outputs(crops).embedding, decoded(), on_image), damage)
 
 
-def replay_from(detector: Detector, data: Path, damage: Damage, on_image: OnCount | None = None) -> replay.Parts:
-    """The replay of a bundle that carries none, from the corpus it was trained on; as probe, calibrate and evaluate make it."""
+def replay_from(
+    detector: Detector, data: Path, damage: Damage, on_image: OnCount | None = None, train: bool = True
+) -> replay.Parts:
+    """The replay of a bundle, from the corpus it was trained on; as probe, calibrate and evaluate make it. train: False leaves
+    out what heads are fitted on."""
     clean = RUNGS[0]
     jpeg75 = next(rung for rung in RUNGS if rung.name == "jpeg75")
 
@@ -66,8 +69,11 @@ def replay_from(detector: Detector, data: Path, damage: Damage, on_image: OnCoun
     seen = [entry for entry in val if entry.source in sources]
     if len({entry.label for entry in seen}) < 2:
         raise DataError(f"{data}: no validation images of both classes from sources that are in training too")
-    parts = {
-        replay.TRAIN: embed(encoder, degraded(from_files(read_manifest(data, "train"), damage), platform, seed=0), on_image),
+    parts = {}
+    if train:
+        files = from_files(read_manifest(data, "train"), damage)
+        parts[replay.TRAIN] = embed(encoder, degraded(files, platform, seed=0), on_image)
+    parts |= {
         replay.CALIBRATE[0]: embed(encoder, from_files(seen, damage), on_image),
         replay.CALIBRATE[1]: embed(encoder, degraded(from_files(seen, damage), platform, seed=1), on_image),
         f"{replay.EVALUATE}{clean.name}": embed(encoder, from_files(val, damage), on_image),
@@ -100,14 +106,18 @@ def without_lookalikes(parts: replay.Parts, labelled: Embedded) -> replay.Parts:
     return kept
 
 
-def refitted(champion: Bundle, train: Embedded, labelled: refit.Weighted) -> dict[str, Any]:
-    """The fields of a bundle with the champion's encoder and refitted heads, its calibration still the champion's."""
-    manifest = champion.manifest
+def refitted(champion: Bundle, train: Embedded, labelled: refit.Weighted, tuned: Bundle | None = None) -> dict[str, Any]:
+    """The fields of a bundle with refitted heads, its calibration still the champion's.
+
+    tuned: a bundle whose encoder replaces the champion's; train and labelled are its embeddings then, and no head is kept.
+    """
+    manifest, c = champion.manifest, regularisation(champion)
+    base = champion.heads if tuned is None else probe.fit(train, c=c)
     parents = (Parent(name=manifest.name, version=manifest.version, digest=champion.digest),)
-    return drafts.of(champion) | {
+    return drafts.of(tuned or champion) | {
         "version": "candidate",
-        "heads": refit.refit(champion.heads, train, labelled, _regularisation(champion)),
-        "linear_c": _regularisation(champion),
+        "heads": refit.refit(base, train, labelled, c),
+        "linear_c": c,
         "svm_nu": probe.NU,
         "parents": parents,
     }
@@ -122,7 +132,7 @@ def held_out(champion: Bundle, parts: replay.Parts, labelled: refit.Weighted) ->
     against = parts[f"{replay.EVALUATE}clean"]
     before = refit.Linear(champion.heads.linear_weight, champion.heads.linear_bias)
     found: dict[str, Any] = {}
-    folds = refit.held_out_models(parts[replay.TRAIN], labelled, _regularisation(champion))
+    folds = refit.held_out_models(parts[replay.TRAIN], labelled, regularisation(champion))
     for name, label in (("ai_generated", 1), ("authentic", 0)):
         of_class = labelled.rows.labels == label
         others = against.embedding[against.labels != label]
@@ -130,7 +140,7 @@ def held_out(champion: Bundle, parts: replay.Parts, labelled: refit.Weighted) ->
             continue
         pairs = [(rows[of_class[rows]], model) for rows, model in folds]
         scored = [
-            [_auroc(model, labelled.rows.embedding[rows], others, label) for model in (before, after)]
+            [auroc_of(model, labelled.rows.embedding[rows], others, label) for model in (before, after)]
             for rows, after in pairs
             if len(rows)
         ]
@@ -230,7 +240,8 @@ def write_bundle(folder: Path, draft: dict[str, Any]) -> Bundle:
     return bundles.write(folder, bundles.Draft(**draft))
 
 
-def _regularisation(champion: Bundle) -> float:
+def regularisation(champion: Bundle) -> float:
+    """C of the linear head, as the champion's was fitted."""
     known = champion.manifest.heads.linear.c
     return probe.C if known is None else known
 
@@ -240,7 +251,8 @@ def _scored(detector: Detector, part: Embedded) -> Scored:
     return Scored(raw, detector.calibrate(raw), part.embedding, part.facts)
 
 
-def _auroc(model: refit.Linear, ours: NDArray[np.float32], others: NDArray[np.float32], label: int) -> float:
+def auroc_of(model: refit.Linear, ours: NDArray[np.float32], others: NDArray[np.float32], label: int) -> float:
+    """How well a linear head ranks `ours`, all of the class `label`, against `others` of the other class."""
     scores = np.concatenate((model(ours), model(others)))
     labels = np.concatenate((np.full(len(ours), label), np.full(len(others), 1 - label))).astype(np.uint8)
     return metrics.auroc(labels, scores)

@@ -6,6 +6,7 @@ Named parts, each with embeddings float32[n, 192] at the bundle's encoder and th
     calibrate/clean, calibrate/degraded      what calibration and thresholds rest on, row by row the same images
     evaluate/clean, evaluate/jpeg75          what the gate compares champion and candidate on
     labels                                   images that earlier refreshes learned from human decisions
+    tuned                                    those of them that the encoder was trained on, where a refresh retrained it
 
 One safetensors file: `<part>.embedding` for each part, and `facts` (UTF-8 JSON as uint8). Embeddings mean nothing to another
 encoder, so the file names its own.
@@ -29,7 +30,7 @@ from train.embed import Embedded, Facts
 from train.probe import fair_choice
 
 FORMAT = "code-replay/1"
-TRAIN, LABELS = "train", "labels"
+TRAIN, LABELS, TUNED = "train", "labels", "tuned"
 CALIBRATE = ("calibrate/clean", "calibrate/degraded")
 EVALUATE = "evaluate/"
 CONDITIONS = ("clean", "jpeg75")

@@ -1,4 +1,4 @@
-"""What a step's images come from, seen alike by the views: a pixel store, or shards read as they lie."""
+"""What a step's images come from, seen alike by the views: a pixel store, labelled images beside one, or shards as they lie."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from train.recipe import Recipe
 from train.store import PixelStore, Rgb, Tables
 
-STORE_INDEX, SHARD_INDEX = "index.json", "shards.npz"
+STORE_INDEX, SHARD_INDEX, MIXTURE = "index.json", "shards.npz", "mixture.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,15 @@ class Source(Protocol):
 
 
 def open_source(folder: Path, recipe: Recipe, world_size: int = 1) -> Source:
-    """The source that lies in a folder: a pixel store, or an index of shards. Raises DataError."""
+    """The source that lies in a folder: a pixel store, a mixture of two, or an index of shards. Raises DataError."""
     if (folder / SHARD_INDEX).exists():
         from train.shard_source import ShardSource
 
         return ShardSource(folder / SHARD_INDEX, recipe, world_size)
+    if (folder / MIXTURE).exists():
+        from train import mixture
+
+        return mixture.opened(folder, recipe)
     from train import pool
     from train.views import Sampler
 

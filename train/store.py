@@ -81,18 +81,22 @@ def build(
     folder: Path,
     reconstruct: Callable[[Rgb], Rgb] | None = None,
     on_image: Callable[[int], None] | None = None,
+    lent: Sequence[Tables] = (),
 ) -> tuple[PixelStore, Damage]:
     """Decodes `entries` into a store in `folder`, or opens the one that is there when it holds the same data.
 
     Images are cut to at most 320 px around their middle (a multiple of 16 px from the origin, so a JPEG's grid stays); a 2x2 grid
-    becomes four images. `reconstruct` makes the aligned fake of a real image. What cannot be decoded is skipped and reported.
+    becomes four images. `reconstruct` makes the aligned fake of a real image. `lent`: quantisation tables of another store's
+    photographs, for a set that may have none of its own. What cannot be decoded is skipped and reported.
     """
-    wanted = hashlib.sha256(f"{FORMAT}|{digest(entries)}|{SIDE_PX}|{reconstruct is not None}".encode()).hexdigest()
+    borrowed = f"|{json.dumps([asdict(tables) for tables in lent])}" if lent else ""
+    named = f"{FORMAT}|{digest(entries)}|{SIDE_PX}|{reconstruct is not None}{borrowed}"
+    wanted = hashlib.sha256(named.encode()).hexdigest()
     if (folder / "index.json").exists() and (store := PixelStore(folder)).digest == wanted:
         return store, Damage()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.json").unlink(missing_ok=True)
-    damage, writer = Damage(), _Writer()
+    damage, writer = Damage(), _Writer(lent)
     with (folder / "pixels.bin").open("wb") as pixels:
         for done, entry in enumerate(entries):
             try:
@@ -118,9 +122,9 @@ def build(
 class _Writer:
     """Collects items and tables; hands out pixel bytes in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, lent: Sequence[Tables] = ()) -> None:
         self.items: list[Item] = []
-        self.tables: list[Tables] = []
+        self.tables = list(lent)
         self._offset = 0
         self._chunks: list[bytes] = []
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from train.store import Item, PixelStore, Rgb, Tables
 
 if TYPE_CHECKING:
     import torch
+
+    from train.pool import Crops
 
 CROP_PX = 224
 PATCH_PX = 16
@@ -57,15 +59,15 @@ class Batch:
 class Sampler:
     """Draws the images of a step, balanced over sources, with aligned fakes beside their own reals."""
 
-    def __init__(self, store: PixelStore, balance: float, pool: NDArray[np.uint8] | None = None) -> None:
+    def __init__(self, store: PixelStore, balance: float, pool: Crops | None = None) -> None:
         self.store, self.pool = store, pool
         partners = {item.pair: i for i, item in enumerate(store.items) if item.pair >= 0}
         self._partner = partners
         items = list(enumerate(store.items))
         self._sides = [i for i, item in items if not item.label], [i for i, item in items if item.label and item.pair < 0]
-        self._reals = _Balanced(self._sides[0], store, balance)
-        self._paired = _Balanced(sorted(partners), store, balance) if partners else None
-        self._fakes = _Balanced(self._sides[1], store, balance)
+        self._reals: Draws = Balanced(self._sides[0], store, balance)
+        self._paired = Balanced(sorted(partners), store, balance) if partners else None
+        self._fakes: Draws = Balanced(self._sides[1], store, balance)
 
     def sides(self) -> tuple[list[int], list[int]]:
         """Indices of all reals and of all fakes that are not aligned ones."""
@@ -103,7 +105,14 @@ class Sampler:
         return reals, fakes
 
 
-class _Balanced:
+class Draws(Protocol):
+    """Draws of one class."""
+
+    def draw(self, n: int, rng: np.random.Generator) -> list[int]:
+        """Indices of n items."""
+
+
+class Balanced(Draws):
     """Draws items so that a source (with its generator) counts with its size to the power `balance`: 0 evens them out."""
 
     def __init__(self, indices: list[int], store: PixelStore, balance: float) -> None:
@@ -149,7 +158,7 @@ def _batch(patches: Rgb, index: NDArray[np.int64], step: int, skipped: tuple[tup
     return Batch(torch.from_numpy(flat), torch.from_numpy(index.reshape(n, tokens)), records, step, skipped)
 
 
-def _pooled_batch(source: Sampler, pool: NDArray[np.uint8], recipe: Recipe, step: int, rank: int) -> Batch:
+def _pooled_batch(source: Sampler, pool: Crops, recipe: Recipe, step: int, rank: int) -> Batch:
     """As `batch_at`, from crops that were augmented beforehand: uint8[items, copies, 224, 224, 3]."""
     phase, _ = recipe.phase_at(step)
     drawn = source.draw(phase, np.random.default_rng((recipe.seed, rank, step)))

@@ -16,8 +16,7 @@ from engine import bundle
 from engine.bundle import BundleError
 from engine.file_lock import hold
 from tests.train import refreshed
-from train import agreement, evaluate, refresh_steps, replay, rollback
-from train import refresh as refresh_module
+from train import agreement, evaluate, refresh_end, refresh_steps, replay, rollback
 from train.data import DataError
 from train.embed import Embedded
 from train.labels_images import Allowed
@@ -250,7 +249,7 @@ def cut_at(patch: pytest.MonkeyPatch, point: str) -> None:
     if when:
         patch.setattr(Steps, "run", cut_run)
         return
-    write, publish, answered = refresh_steps.write_bundle, bundle.publish, refresh_module._answered
+    write, publish, answered = refresh_steps.write_bundle, bundle.publish, refresh_end._answered
 
     def cut_write(folder: Path, draft: Any) -> Any:
         if folder.parent.name != "models":
@@ -273,7 +272,7 @@ def cut_at(patch: pytest.MonkeyPatch, point: str) -> None:
     elif step == "published":
         patch.setattr(bundle, "publish", cut_publish)
     else:
-        patch.setattr(refresh_module, "_answered", cut_answered)
+        patch.setattr(refresh_end, "_answered", cut_answered)
 
 
 def test_two_jobs_exclude_each_other(options: Options) -> None:
