@@ -32,6 +32,13 @@ class BuildWithModel(build_py):
 
 # Needs a C compiler and libjpeg-turbo's headers (Debian: gcc libc6-dev libjpeg62-turbo-dev). Where they are missing the
 # installation goes on without it, and JPEGs are decoded whole (docs/images.md). The library itself is Pillow's.
-REGION = Extension("engine._jpeg_region", ["engine/_jpeg_region.c"], libraries=["dl"], optional=True, py_limited_api=True)
+REGION = Extension(
+    "engine._jpeg_region",
+    ["engine/_jpeg_region.c", "engine/_jpeg_crop.c"],
+    depends=["engine/_jpeg_crop.h"],
+    libraries=["dl"],
+    optional=True,
+    py_limited_api=True,
+)
 
 setup(cmdclass={"build_py": BuildWithModel}, ext_modules=[REGION])

@@ -30,6 +30,7 @@ KINDS: tuple[tuple[str, tuple[int, int], dict[str, Any], int], ...] = (
     ("12 MP baseline q75", (4000, 3000), {"quality": 75}, 9),
     ("12 MP baseline q85", (4000, 3000), {"quality": 85}, 9),
     ("12 MP baseline q92", (4000, 3000), {"quality": 92}, 9),
+    ("12 MP baseline q95", (4000, 3000), {"quality": 95}, 9),
     ("12 MP baseline 4:4:4 q85", (4000, 3000), {"quality": 85, "subsampling": 0}, 9),
     ("12 MP progressive q85", (4000, 3000), {"quality": 85, "progressive": True}, 5),
 )

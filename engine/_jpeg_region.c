@@ -1,6 +1,7 @@
 /* Regions of a JPEG by libjpeg-turbo: rows and columns nobody asks for are entropy-decoded at most, never transformed.
 
-   decode() answers None wherever a full decode might say anything else than "fine": on every error, every warning, every kind
+   decode() has libjpeg skip them. cut() has a small JPEG made of each rectangle first (_jpeg_crop.c), which is quicker, and is for
+   baseline files alone. Both answer None wherever a full decode might say anything else than "fine": on every error, every warning, every kind
    of file beside 8-bit grey and YCbCr at the three common samplings, and on one whose end is missing. The caller then asks the
    safe decoder (Pillow), which decides. See engine/jpeg_region.py.
 
@@ -16,7 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <jpeglib.h>
+#include "_jpeg_crop.h"
 
 #define MAX_BANDS 8
 
@@ -47,7 +48,10 @@ typedef struct {
     Band bands[MAX_BANDS];
     int count;
     unsigned char *row; /* one row of the columns that are decoded */
+    Piece *pieces;
 } Job;
+
+typedef int Work(struct jpeg_decompress_struct *, Job *);
 
 typedef struct {
     struct jpeg_error_mgr base;
@@ -85,10 +89,17 @@ static int is_complete(const struct jpeg_decompress_struct *info) {
     return 1;
 }
 
+static unsigned long units(unsigned int length, int of) {
+    unsigned int one = (unsigned int)of * DCTSIZE;
+    return ((unsigned long)length + one - 1) / one;
+}
+
 /* Whether the only scan ends as it should: restart markers in sequence and in number, then the end of the image. A full decode
    then never runs out of data, whatever the entropy-coded bytes are. */
 static int ends_well(const struct jpeg_decompress_struct *info, const Job *job) {
-    unsigned long mcus = (unsigned long)info->MCUs_per_row * info->MCU_rows_in_scan;
+    int alone = info->num_components == 1; /* its MCUs are blocks, whatever its factors */
+    unsigned long mcus = units(info->image_width, alone ? 1 : info->max_h_samp_factor) *
+                         units(info->image_height, alone ? 1 : info->max_v_samp_factor);
     unsigned long restarts = info->restart_interval ? (mcus - 1) / info->restart_interval : 0, seen = 0;
     const unsigned char *at = job->data + job->scan, *end = job->data + job->size;
     while ((at = memchr(at, 0xFF, (size_t)(end - at))) != NULL) {
@@ -129,8 +140,23 @@ static int read_bands(struct jpeg_decompress_struct *info, Job *job) {
     return 1;
 }
 
-/* The whole of it, without the GIL: nothing here calls Python. */
-static int run(Job *job) {
+/* Rows by libjpeg alone; the header is read. */
+static int skip_and_read(struct jpeg_decompress_struct *info, Job *job) {
+    info->out_color_space = JCS_RGB;
+    info->dct_method = JDCT_ISLOW;
+    if (!jpeg.start(info) || !is_complete(info)) return 0;
+    /* A file of several scans was read to its end by now, without a warning. */
+    return (jpeg.several_scans(info) || ends_well(info, job)) && read_bands(info, job);
+}
+
+/* A small file for each piece; the header is read. */
+static int write_pieces(struct jpeg_decompress_struct *info, Job *job) {
+    return !jpeg.several_scans(info) && ends_well(info, job) &&
+           crop_jpeg(info, job->data + job->scan, job->data + job->size, job->pieces, job->count);
+}
+
+/* Read the header and do the work; all of it without the GIL: nothing here calls Python. */
+static int run(Job *job, Work *work) {
     struct jpeg_decompress_struct info;
     Errors errors;
     memset(&info, 0, sizeof info);
@@ -145,15 +171,32 @@ static int run(Job *job) {
     jpeg.create(&info, JPEG_LIB_VERSION, sizeof info);
     jpeg.mem_src(&info, job->data, (unsigned long)job->size);
     int done = jpeg.read_header(&info, TRUE) == JPEG_HEADER_OK && is_plain(&info, job);
-    if (done) {
-        info.out_color_space = JCS_RGB;
-        info.dct_method = JDCT_ISLOW;
-        done = jpeg.start(&info) && is_complete(&info);
-    }
-    /* A file of several scans was read to its end by now, without a warning. */
-    int several = done && jpeg.several_scans(&info);
-    done = done && (several || ends_well(&info, job)) && read_bands(&info, job);
+    /* Both must mean the same first byte of the scan. */
+    done = done && info.src->next_input_byte == job->data + job->scan && work(&info, job);
     jpeg.destroy(&info);
+    return done;
+}
+
+/* By way of small files: each piece's pixels into the band of the same number. */
+static int run_pieces(Job *job) {
+    int done = run(job, write_pieces);
+    for (int i = 0; i < job->count; i++) {
+        const Piece *piece = &job->pieces[i];
+        Job one;
+        memset(&one, 0, sizeof one);
+        one.data = piece->file;
+        one.size = piece->size;
+        one.scan = piece->scan;
+        one.width = piece->width;
+        one.height = piece->height;
+        one.left = piece->left - piece->at_left;
+        one.right = piece->right - piece->at_left;
+        one.bands[0] = (Band){piece->top - piece->at_top, piece->bottom - piece->at_top, job->bands[i].pixels};
+        one.count = 1;
+        one.row = job->row; /* of the whole picture's width, and more */
+        done = done && run(&one, skip_and_read);
+        free(piece->file);
+    }
     return done;
 }
 
@@ -178,65 +221,110 @@ static int parse_bands(PyObject *bands, Job *job) {
     return 1;
 }
 
+static int parse_boxes(PyObject *boxes, Job *job) {
+    Py_ssize_t count = PyTuple_Size(boxes);
+    if (count < 0) return 0;
+    if (count < 1 || count > MAX_PIECES) {
+        PyErr_SetString(PyExc_ValueError, "one to eight boxes");
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Piece *piece = &job->pieces[i];
+        if (!PyArg_ParseTuple(PyTuple_GetItem(boxes, i), "IIII", &piece->left, &piece->top, &piece->right, &piece->bottom)) return 0;
+        if (piece->left >= piece->right || piece->top >= piece->bottom || piece->right > job->width || piece->bottom > job->height) {
+            PyErr_SetString(PyExc_ValueError, "boxes must lie within the picture");
+            return 0;
+        }
+        job->bands[i].top = piece->top;
+        job->bands[i].bottom = piece->bottom;
+    }
+    job->count = (int)count;
+    return 1;
+}
+
+/* Whether a file and what is said of it fit together. */
+static int check(Job *job, const Py_buffer *data, Py_ssize_t scan) {
+    job->data = data->buf;
+    job->size = (size_t)data->len;
+    job->scan = (size_t)scan;
+    if (scan >= 0 && scan <= data->len && job->width && job->height && job->width <= JPEG_MAX_DIMENSION &&
+        job->height <= JPEG_MAX_DIMENSION)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "no such scan or size");
+    return 0;
+}
+
+/* Bytes for each band of the job, filled; None where the safe decoder has to decide. */
+static PyObject *answer(Job *job, int pieces) {
+    PyObject *made = PyTuple_New(job->count);
+    if (made == NULL) return NULL;
+    for (int i = 0; i < job->count; i++) {
+        unsigned int columns = pieces ? job->pieces[i].right - job->pieces[i].left : job->right - job->left;
+        PyObject *part = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(job->bands[i].bottom - job->bands[i].top) * columns * 3);
+        if (part == NULL || PyTuple_SetItem(made, i, part) < 0) {
+            Py_DECREF(made);
+            return NULL;
+        }
+        job->bands[i].pixels = (unsigned char *)PyBytes_AsString(part);
+    }
+    job->row = malloc((size_t)job->width * 3 + 64);
+    if (job->row == NULL) {
+        Py_DECREF(made);
+        return PyErr_NoMemory();
+    }
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = pieces ? run_pieces(job) : run(job, skip_and_read);
+    Py_END_ALLOW_THREADS
+    free(job->row);
+    if (done) return made;
+    Py_DECREF(made);
+    return Py_NewRef(Py_None);
+}
+
 PyDoc_STRVAR(decode_doc,
              "decode(data, scan, width, height, left, right, bands) -> tuple of bytes, one a band, or None\n\n"
              "data: the file; scan: offset of its first entropy-coded byte; width, height: as in its header;\n"
              "left, right: columns; bands: tuple of (top, bottom), ascending and disjoint. Each answer holds RGB,\n"
              "(bottom - top) * (right - left) * 3 bytes. None: ask the safe decoder.");
 
-static PyObject *decode(PyObject *self, PyObject *args) {
-    (void)self;
+PyDoc_STRVAR(cut_doc,
+             "cut(data, scan, width, height, boxes) -> tuple of bytes, one a box, or None\n\n"
+             "As decode(), of a baseline file; boxes: tuple of (left, top, right, bottom). None: ask decode().");
+
+static PyObject *work_on(PyObject *args, int pieces) {
     Py_buffer data;
     Py_ssize_t scan;
-    PyObject *bands, *answer = NULL;
+    PyObject *parts, *made = NULL;
+    Piece room[MAX_PIECES];
     Job job;
     memset(&job, 0, sizeof job);
+    memset(room, 0, sizeof room);
+    job.pieces = room;
     if (jpeg.read == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "no library is in use");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "y*nIIIIO!", &data, &scan, &job.width, &job.height, &job.left, &job.right, &PyTuple_Type, &bands))
-        return NULL;
-    job.data = data.buf;
-    job.size = (size_t)data.len;
-    if (scan < 0 || scan > data.len || job.right > job.width || job.left >= job.right || job.width > JPEG_MAX_DIMENSION ||
-        job.height > JPEG_MAX_DIMENSION) {
+    int parsed = pieces ? PyArg_ParseTuple(args, "y*nIIO!", &data, &scan, &job.width, &job.height, &PyTuple_Type, &parts)
+                        : PyArg_ParseTuple(args, "y*nIIIIO!", &data, &scan, &job.width, &job.height, &job.left, &job.right,
+                                           &PyTuple_Type, &parts);
+    if (!parsed) return NULL;
+    if (!pieces && (job.right > job.width || job.left >= job.right))
         PyErr_SetString(PyExc_ValueError, "region outside of the picture");
-        goto end;
-    }
-    job.scan = (size_t)scan;
-    if (!parse_bands(bands, &job)) goto end;
-    PyObject *made = PyTuple_New(job.count);
-    if (made == NULL) goto end;
-    for (int i = 0; i < job.count; i++) {
-        Py_ssize_t size = (Py_ssize_t)(job.bands[i].bottom - job.bands[i].top) * (job.right - job.left) * 3;
-        PyObject *part = PyBytes_FromStringAndSize(NULL, size);
-        if (part == NULL || PyTuple_SetItem(made, i, part) < 0) {
-            Py_DECREF(made);
-            goto end;
-        }
-        job.bands[i].pixels = (unsigned char *)PyBytes_AsString(part);
-    }
-    job.row = malloc((size_t)job.width * 3 + 64);
-    if (job.row == NULL) {
-        Py_DECREF(made);
-        PyErr_NoMemory();
-        goto end;
-    }
-    int done;
-    Py_BEGIN_ALLOW_THREADS
-    done = run(&job);
-    Py_END_ALLOW_THREADS
-    free(job.row);
-    if (done) {
-        answer = made;
-    } else {
-        Py_DECREF(made);
-        answer = Py_NewRef(Py_None);
-    }
-end:
+    else if (check(&job, &data, scan) && (pieces ? parse_boxes(parts, &job) : parse_bands(parts, &job)))
+        made = answer(&job, pieces);
     PyBuffer_Release(&data);
-    return answer;
+    return made;
+}
+
+static PyObject *decode(PyObject *self, PyObject *args) {
+    (void)self;
+    return work_on(args, 0);
+}
+
+static PyObject *cut(PyObject *self, PyObject *args) {
+    (void)self;
+    return work_on(args, 1);
 }
 
 PyDoc_STRVAR(use_doc,
@@ -265,7 +353,7 @@ static PyObject *use(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"decode", decode, METH_VARARGS, decode_doc}, {"use", use, METH_VARARGS, use_doc}, {NULL, NULL, 0, NULL}};
+    {"decode", decode, METH_VARARGS, decode_doc}, {"cut", cut, METH_VARARGS, cut_doc}, {"use", use, METH_VARARGS, use_doc}, {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpeg_region", "Regions of a JPEG by libjpeg-turbo.", -1, methods,
                                     NULL, NULL, NULL, NULL};

@@ -1,9 +1,10 @@
 """Crops of a JPEG without decoding the whole of it: what plainly is of the common kind, by libjpeg-turbo; all else is left alone.
 
-CoDE looks at 224 pixels of a photograph's 4,000. libjpeg-turbo skips rows and columns nobody asks for: they are entropy-decoded
-at most, and rows below the last crop not even that. `engine/_jpeg_region.c` calls it, in the copy that Pillow's wheel carries;
-it is compiled where the project is installed with a C compiler and libjpeg-turbo's headers at hand, and its absence costs time
-only.
+CoDE looks at 224 pixels of a photograph's 4,000. Rows and columns nobody asks for are entropy-decoded at most, and rows below the
+last crop not even that. Of a baseline file the blocks of a crop are first copied into a small JPEG (`engine/_jpeg_crop.c`, a
+lossless crop that walks through entropy-coded data faster than libjpeg does); of others libjpeg-turbo skips the rest by itself.
+The pixels are libjpeg-turbo's in both cases (`engine/_jpeg_region.c`), in the copy that Pillow's wheel carries. Both files are
+compiled where the project is installed with a C compiler and libjpeg-turbo's headers at hand; their absence costs time only.
 
 Pillow's full decode decides what an image is and what counts as damaged. A file comes this way only where both must say the
 same: a header of known segments; 8-bit grey or YCbCr at 4:4:4, 4:2:2 or 4:2:0, baseline or complete progressive; not one warning
@@ -30,15 +31,23 @@ from engine.containers import Part
 from engine.image_files import Limits
 from engine.pixels import stored_box
 
+_Box = tuple[int, int, int, int]
+"""Left, top, right, bottom; stored pixels."""
+
 _decode: Callable[..., tuple[bytes, ...] | None] | None = None
+_cut: Callable[..., tuple[bytes, ...] | None] | None = None
 with contextlib.suppress(ImportError):  # not compiled on this machine
+    from engine._jpeg_region import cut as _cut
     from engine._jpeg_region import decode as _decode
     from engine._jpeg_region import use as _use
 
-_FRAMES = frozenset({b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"})
+_PROGRESSIVE = b"\xff\xc2"
+_FRAMES = frozenset({b"\xff\xc0", b"\xff\xc1", _PROGRESSIVE})
 _TABLES = frozenset({b"\xff\xc4", b"\xff\xdb", b"\xff\xdd"})
 _SCAN = b"\xff\xda"
 _APP0, _APP14, _APP15, _COM = b"\xff\xe0", b"\xff\xee", b"\xff\xef", b"\xff\xfe"
+_PIECES_FROM_PIXELS = 300_000
+"""Of a smaller picture libjpeg skips faster than tables for the walk are made (measured)."""
 _SHORTEST_KNOWN_APP_BYTES = 12
 """Of a JFIF or Adobe segment that Pillow reads without complaint."""
 
@@ -52,6 +61,7 @@ class Header(NamedTuple):
     orientation: int
     scan: int
     """Offset of the first entropy-coded byte."""
+    progressive: bool
 
 
 class Cut(NamedTuple):
@@ -74,7 +84,9 @@ def header(data: bytes) -> Header | None:
     if frame.end - frame.start < 6:
         return None
     height, width = (int.from_bytes(data[frame.start + at : frame.start + at + 2], "big") for at in (1, 3))
-    return Header(width, height, tiff_tags.jpeg_orientation(data, segments), scan.end) if width and height else None
+    if not width or not height:
+        return None
+    return Header(width, height, tiff_tags.jpeg_orientation(data, segments), scan.end, frame.name == _PROGRESSIVE)
 
 
 def _is_known(data: bytes, segment: Part) -> bool:
@@ -100,10 +112,13 @@ def read_crops(data: bytes, limits: Limits, layout: preprocess.Layout) -> Cut | 
     width, height = (found.height, found.width) if turned else (found.width, found.height)
     wanted = preprocess.regions(height, width, layout)
     boxes = [stored_box((left, top, right, bottom), found[:2], found.orientation) for top, left, bottom, right in wanted]
-    bands = _decoded(data, found, boxes)
-    if bands is None:
+    large = not found.progressive and found.width * found.height >= _PIECES_FROM_PIXELS
+    parts = _pieces(data, found, boxes) if large else None
+    if parts is None:
+        parts = _regions(data, found, boxes)
+    if parts is None:
         return None
-    cut = {region: _turn(_part(bands, box), found.orientation) for region, box in zip(wanted, boxes, strict=True)}
+    cut = {region: _turn(part, found.orientation) for region, part in zip(wanted, parts, strict=True)}
     return Cut(preprocess.crops_of(lambda *region: cut[region], height, width, layout), width, height)
 
 
@@ -115,8 +130,19 @@ class _Band(NamedTuple):
     pixels: NDArray[np.uint8]
 
 
-def _decoded(data: bytes, found: Header, boxes: Sequence[tuple[int, int, int, int]]) -> list[_Band] | None:
-    """Rows and columns that cover the boxes (left, top, right, bottom, stored); None where the safe decoder has to decide."""
+def _pieces(data: bytes, found: Header, boxes: Sequence[_Box]) -> list[NDArray[np.uint8]] | None:
+    """The boxes' pixels of a baseline file by way of small files; None where it is to be tried otherwise."""
+    if _cut is None:
+        return None
+    parts = _cut(data, found.scan, found.width, found.height, tuple(boxes))
+    if parts is None:
+        return None
+    shapes = [(bottom - top, right - left, 3) for left, top, right, bottom in boxes]
+    return [np.frombuffer(part, np.uint8).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _regions(data: bytes, found: Header, boxes: Sequence[_Box]) -> list[NDArray[np.uint8]] | None:
+    """The boxes' pixels from rows and columns that cover them all; None where the safe decoder has to decide."""
     if _decode is None:
         return None
     left, right = min(box[0] for box in boxes), max(box[2] for box in boxes)
@@ -124,10 +150,11 @@ def _decoded(data: bytes, found: Header, boxes: Sequence[tuple[int, int, int, in
     parts = _decode(data, found.scan, found.width, found.height, left, right, rows)
     if parts is None:
         return None
-    return [
+    bands = [
         _Band(top, left, np.frombuffer(part, np.uint8).reshape(bottom - top, right - left, 3))
         for part, (top, bottom) in zip(parts, rows, strict=True)
     ]
+    return [_part(bands, box) for box in boxes]
 
 
 def _union(intervals: Any) -> tuple[tuple[int, int], ...]:
@@ -141,7 +168,7 @@ def _union(intervals: Any) -> tuple[tuple[int, int], ...]:
     return tuple(joined)
 
 
-def _part(bands: list[_Band], box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+def _part(bands: list[_Band], box: _Box) -> NDArray[np.uint8]:
     left, top, right, bottom = box
     band = next(band for band in reversed(bands) if band.top <= top)
     return band.pixels[top - band.top : bottom - band.top, left - band.left : right - band.left]
@@ -209,7 +236,10 @@ def _saved(picture: PIL.Image.Image, **options: int) -> bytes:
 def _agrees(data: bytes) -> bool:
     box = (37, 41, 75, 78)
     found = header(data)
-    bands = None if found is None else _decoded(data, found, [box])
+    if found is None:
+        return False
     with PIL.Image.open(io.BytesIO(data), formats=("JPEG",)) as file:
         full = np.asarray(file.convert("RGB").crop(box))
-    return bands is not None and np.array_equal(_part(bands, box), full)
+    ways = (_regions,) if found.progressive else (_regions, _pieces)
+    answers = [way(data, found, [box]) for way in ways]
+    return all(answer is not None and np.array_equal(answer[0], full) for answer in answers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -73,15 +74,61 @@ def test_the_decoders_agree_on_this_machine() -> None:
     ),
     orientation=st.integers(1, 8),
     layout=st.sampled_from(LAYOUTS),
+    pieces_from=st.sampled_from([0, 10**9]),
 )
 def test_crops_are_those_of_the_full_decode_bit_for_bit(
-    width: int, height: int, mode: str, subsampling: str, options: dict[str, object], orientation: int, layout: preprocess.Layout
+    width: int,
+    height: int,
+    mode: str,
+    subsampling: str,
+    options: dict[str, object],
+    orientation: int,
+    layout: preprocess.Layout,
+    pieces_from: int,
 ) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     data = encode(picture(width, height, mode=mode), subsampling=subsampling, exif=exif.tobytes(), **options)
+    with mock.patch.object(jpeg_region, "_PIECES_FROM_PIXELS", pieces_from):
+        assert quick(data)
+        assert cut(data, layout) == whole(data, layout)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    corners=st.tuples(*[st.integers(0, 299)] * 4),
+    subsampling=st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    options=st.sampled_from([{}, {"optimize": True}, {"restart_marker_blocks": 7}]),
+    quality=st.sampled_from([1, 40, 92, 100]),
+)
+def test_any_rectangle_by_way_of_a_small_file(
+    size: tuple[int, int],
+    corners: tuple[int, int, int, int],
+    subsampling: str,
+    options: dict[str, object],
+    quality: int,
+) -> None:
+    width, height = size
+    left, top = corners[0] % width, corners[1] % height
+    box = (left, top, left + 1 + corners[2] % (width - left), top + 1 + corners[3] % (height - top))
+    data = encode(picture(width, height), subsampling=subsampling, quality=quality, **options)
+    found = jpeg_region.header(data)
+    assert found is not None
+    assert jpeg_region.usable()
+    pieces = jpeg_region._pieces(data, found, [box, (0, 0, width, height)])
+    assert pieces is not None
+    full = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(pieces[0], full[box[1] : box[3], box[0] : box[2]])
+    assert np.array_equal(pieces[1], full)
+
+
+def test_a_large_photograph_comes_by_way_of_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(1000, 700), quality=90)
+    expected = whole(data, "five")
+    monkeypatch.setattr(jpeg_region, "_regions", lambda *_: None)
+    assert cut(data, "five") == expected
     assert quick(data)
-    assert cut(data, layout) == whole(data, layout)
 
 
 @settings(max_examples=40, deadline=None)
@@ -93,7 +140,9 @@ def test_damaged_files_are_what_the_full_decode_makes_of_them(data: st.DataObjec
     start = data.draw(st.integers(2, len(broken)))
     del broken[start : start + data.draw(st.sampled_from([0, 1, 40, len(broken)]))]
     for layout in LAYOUTS:
-        assert cut(bytes(broken), layout) == whole(bytes(broken), layout)
+        for pieces_from in (0, 10**9):
+            with mock.patch.object(jpeg_region, "_PIECES_FROM_PIXELS", pieces_from):
+                assert cut(bytes(broken), layout) == whole(bytes(broken), layout)
 
 
 def test_a_file_cut_short_behind_the_crop_is_still_corrupt() -> None:
@@ -191,6 +240,16 @@ def test_what_is_no_jpeg_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert jpeg_region.usable()
 
 
+@pytest.mark.parametrize("boxes", [(), ((0, 0, 31, 5),), ((5, 5, 5, 9),), ((0, 19, 3, 21),), ((0, 0, 1, 1),) * 9])
+def test_boxes_outside_of_the_picture_are_refused(boxes: tuple[tuple[int, int, int, int], ...]) -> None:
+    data = encode(picture(30, 20))
+    header = jpeg_region.header(data)
+    assert header is not None
+    assert jpeg_region._cut is not None
+    with pytest.raises(ValueError):
+        jpeg_region._cut(data, header.scan, 30, 20, boxes)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("JPEG_FOLDER" not in os.environ, reason="JPEG_FOLDER names no folder of JPEGs")
 def test_every_jpeg_of_a_folder() -> None:
@@ -198,6 +257,8 @@ def test_every_jpeg_of_a_folder() -> None:
     for path in sorted(Path(os.environ["JPEG_FOLDER"]).rglob("*.jp*g")):
         data = path.read_bytes()
         for layout in LAYOUTS:
-            assert cut(data, layout) == whole(data, layout), path
+            for pieces_from in (0, 10**9):
+                with mock.patch.object(jpeg_region, "_PIECES_FROM_PIXELS", pieces_from):
+                    assert cut(data, layout) == whole(data, layout), path
         compared += 1
     assert compared
