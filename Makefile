@@ -44,7 +44,7 @@ demo: $(VENV)/.demo
 # Fast tests side by side; then the long ones, two files at a time; last what measures time, each alone. RERUNS=1 (CI) gives a failed
 # test a second try and names it at the end.
 RERUNS ?= 0
-PYTEST = $(BIN)/python -m pytest --reruns $(RERUNS)
+PYTEST = $(BIN)/python -m pytest --reruns $(RERUNS) -r fER
 FAST = $(PYTEST) -m "not slow and not timing" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/.dev
