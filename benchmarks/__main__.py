@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run the suite (or the parts named), print a table, write JSON under benchmarks/results/.
+"""`python -m benchmarks`: run the suite (or the parts named), print a table, write JSON and plots under benchmarks/results/.
 
 With `--repeat` every part runs so often, and its file holds the median and the range of each figure: `python -m
 benchmarks.compare BEFORE AFTER` then says what changed beyond noise. The peers are a course of their own, `make bench-peers`.
@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import batcher_simulated, cold_start, compare, decode, exactly_once, pipeline, record, shapes
+from benchmarks import batcher_simulated, cache, cold_start, compare, decode, exactly_once, pipeline, plots, record, shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,12 @@ class Scale:
 
 FULL = Scale(events=3000, seconds=8, starts=5, rounds=2, training_s=20)
 QUICK = Scale(events=800, seconds=2, starts=2, rounds=1, training_s=4)
+
+
+def _engines(scale: Scale) -> dict[str, Any]:
+    from benchmarks import engine_gpu
+
+    return engine_gpu.part(scale.seconds / 2)
 
 
 def _training(scale: Scale) -> dict[str, Any] | None:
@@ -58,6 +64,8 @@ PARTS = {
     "decode": Part("decode", "decode", lambda _: decode.main()),
     "pipeline": Part("the path and its parts", "pipeline", lambda scale: pipeline.main(scale.events, scale.seconds)),
     "shapes": Part("processes, partitions, cached shares, sizes", "shapes", lambda scale: shapes.main(scale.events)),
+    "cache": Part("the score cache by itself", "cache", lambda scale: cache.main(scale.seconds / 4)),
+    "engines": Part("backends", "engines", _engines),
     "batcher": Part(
         "batcher, against a simulated device",
         "batcher_simulated",
@@ -125,6 +133,8 @@ def main() -> None:
         figures = run(part, QUICK if arguments.quick else FULL, arguments.repeat)
         if figures is not None:
             _show(part.title, {key: value for key, value in figures.items() if key not in part.hidden})
+            if (plot := plots.draw(part.file)) is not None:
+                sys.stderr.write(f"{plot}\n")
         sys.stderr.write(f"{name}: {time.monotonic() - began:.0f} s\n")
 
 

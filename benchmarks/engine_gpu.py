@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import pipeline, record
+from benchmarks.uploads import inline
 from engine import backends
 from engine.backends.base import CROP_SHAPE, BackendUnavailable, OutOfDeviceMemory
 from engine.bundle import Bundle, load, packaged
@@ -35,6 +36,8 @@ FLOPS_PER_IMAGE = 2 * 1.26e9
 
 CPU_PATHS = (("torch", "fp32"), ("torch", "bf16"), ("openvino", "fp32"), ("openvino", "bf16"))
 TURNS = 5
+SIZES = {True: (1, 8, 32, 128, 512), False: (1, 8, 32)}
+"""Batch sizes on a GPU, and on the CPU."""
 
 Run = Callable[[NDArray[np.uint8]], object]
 
@@ -232,8 +235,34 @@ def worker(events: int) -> dict[str, Any]:
     """
     with Detector.open(backend="auto") as detector:
         chosen = {"backend": detector.backend_name, "device": detector.device}
-    whole = pipeline.path(pipeline.jpegs(events), "worker run", warm_up=min(500, events // 4))
+    whole = pipeline.path(inline(pipeline.jpegs(events)), "worker run", warm_up=min(500, events // 4))
     return chosen | {name: whole[name] for name in ("events_per_s", "cpu_s_per_1000", "events")}
+
+
+def where(cpu_only: bool = False) -> tuple[str, bool]:
+    """The device whose paths are measured, and whether it is a GPU."""
+    from engine.backends.cuda_driver import CudaDriver
+
+    if not cpu_only:
+        try:
+            return CudaDriver(0).gpu, True
+        except BackendUnavailable as error:
+            print(f"no GPU: {error}; measuring the CPU paths")
+    return record.surroundings()["machine"]["cpu"], False
+
+
+def part(seconds: float) -> dict[str, Any]:
+    """Every backend that runs here, as a part of the suite: images a second and milliseconds a batch by batch size."""
+    device, on_gpu = where()
+    figures: dict[str, Any] = {"device": device}
+    for row in (gpu if on_gpu else cpu)(load(packaged()), list(SIZES[on_gpu]), seconds):
+        if isinstance(row, Missing):
+            figures[row.path] = row.reason
+        else:
+            measured = {"images_per_s": row.images_per_s, "batch_ms": row.latency_ms}
+            figures.setdefault(row.path, {})[f"batch {row.batch_size}"] = measured
+    record.write("engines", figures)
+    return figures
 
 
 def markdown(device: str, figures: list[Figure], missing: list[Missing]) -> str:
@@ -260,15 +289,8 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=2000, help="of the worker end to end; 0: leave it out; default: 2000")
     parser.add_argument("--cpu", action="store_true", help="the CPU paths, also where there is a GPU")
     arguments = parser.parse_args()
-    from engine.backends.cuda_driver import CudaDriver
-
-    device, on_gpu = record.surroundings()["machine"]["cpu"], False
-    if not arguments.cpu:
-        try:
-            device, on_gpu = CudaDriver(0).gpu, True
-        except BackendUnavailable as error:
-            print(f"no GPU: {error}; measuring the CPU paths")
-    sizes = [int(size) for size in (arguments.batch_sizes or ("1,8,32,128,512" if on_gpu else "1,8,32")).split(",")]
+    device, on_gpu = where(arguments.cpu)
+    sizes = [int(size) for size in arguments.batch_sizes.split(",")] if arguments.batch_sizes else list(SIZES[on_gpu])
     bundle = load(arguments.bundle or packaged())
     rows = list((gpu if on_gpu else cpu)(bundle, sizes, arguments.seconds))
     figures = [row for row in rows if isinstance(row, Figure)]

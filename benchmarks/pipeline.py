@@ -14,17 +14,18 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, TopicPartition
 from PIL import Image
 
 from benchmarks import decode, record
+from benchmarks.uploads import Upload, inline, produce
 from engine import images
 from engine.detector import Detector
 from worker.clock import Deadline
@@ -97,7 +98,7 @@ def detector_on_files(pictures: list[bytes]) -> dict[str, float]:
 
 
 def path(
-    pictures: list[bytes],
+    uploads: Sequence[Upload],
     module: str,
     warm_up: int,
     processes: int = 1,
@@ -105,13 +106,13 @@ def path(
     settings: dict[str, str] | None = None,
     unnamed: str = "kafka clients",
 ) -> dict[str, Any]:
-    """Events a second and CPU by stage of worker processes over these images, after `warm_up` of them.
+    """Events a second and CPU by stage of worker processes over these uploads, after `warm_up` of them.
 
     `partitions` of the upload topic: the broker's default where none are given. `settings`: environment of the workers.
     """
     with tempfile.TemporaryDirectory() as scratch, EmbeddedBroker() as broker, EmbeddedCache() as cache, ExitStack() as stack:
         _create_topics(broker.bootstrap, partitions)
-        _produce(pictures, broker.bootstrap)  # before the worker starts: a producer must not share its cores
+        produce(uploads, broker.bootstrap)  # before the worker starts: a producer must not share its cores
         workers = [
             stack.enter_context(
                 _worker(module, broker, cache, Path(scratch, str(number)), {**(settings or {}), "BENCHMARK_WORKER": str(number)})
@@ -121,12 +122,12 @@ def path(
         verdicts = _Verdicts(broker.bootstrap)
         seen = verdicts.wait(warm_up, workers)
         before, wall = _cpu_by_stage(workers, unnamed), time.perf_counter()
-        verdicts.wait(len(pictures), workers)
+        verdicts.wait(len(uploads), workers)
         wall = time.perf_counter() - wall
         after = _cpu_by_stage(workers, unnamed)
         families = [psutil.Process(worker.pid) for worker in workers]
         resident = sum(m.memory_info().rss for family in families for m in (family, *family.children(recursive=True)))
-    events = len(pictures) - seen
+    events = len(uploads) - seen
     stages = {name: (after[name] - before.get(name, 0.0)) / events * 1000 for name in sorted(after)}
     return {
         "events_per_s": events / wall,
@@ -168,15 +169,6 @@ def _create_topics(bootstrap: str, partitions: int | None) -> None:
         with closing(open_admin(settings)) as admin:
             admin.create_topics({settings.upload_topics[0]: {"num_partitions": partitions, "replication_factor": 1}})
     ensure_topics(settings, Deadline(60))
-
-
-def _produce(pictures: list[bytes], bootstrap: str) -> None:
-    producer = KafkaProducer(bootstrap_servers=bootstrap, compression_type="lz4", linger_ms=5, max_request_size=8_000_000)
-    for number, picture in enumerate(pictures):
-        headers = [("content-type", b"image/jpeg"), ("event_id", f"picture-{number}".encode())]
-        producer.send("image.uploads", picture, headers=headers)
-    producer.flush()
-    producer.close()
 
 
 class _Verdicts:
@@ -238,8 +230,8 @@ def main(events: int, seconds: float) -> dict[str, Any]:
         "picture": f"{SIDE_PX}x{SIDE_PX} JPEG, {len(pictures[0]) // 1024} KiB, inline",
         "bare_decode": bare_decode(pictures[:500]),
         "bare_pillow": bare_pillow(pictures[:500]),
-        "null_engine": path(pictures, "benchmarks.null_worker", warm_up=events // 5),
-        "real_engine": path(some, "worker run", warm_up=100, unnamed="kafka clients and the engine's arithmetic"),
+        "null_engine": path(inline(pictures), "benchmarks.null_worker", warm_up=events // 5),
+        "real_engine": path(inline(some), "worker run", warm_up=100, unnamed="kafka clients and the engine's arithmetic"),
     }
     detectors.append(bare_detector(pictures, seconds))
     files.append(detector_on_files(some))

@@ -2,22 +2,32 @@
 
 `cached` are 512 x 512 JPEGs inside their events of which a share is one of 64 pictures seen before.
 `decode` are pictures that were never seen, with one decoder process a worker and each worker on a core of its own, so that
-one worker cannot use the machine that two will. `sizes` are pictures of 256 pixels to 12 megapixels, never seen. The broker
-shares the cores: what it takes is missing to the workers.
+one worker cannot use the machine that two will; `photographs` the same with files of 12 megapixels named by address, which burden
+decoders and not the broker; `fetch` small pictures from a host that takes its time. `sizes` are pictures of 256 pixels to
+12 megapixels, never seen. The broker shares the cores: what it takes is missing to the workers.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import decode, pipeline, record
+from benchmarks.uploads import Upload, by_reference, inline, slow_host
 
 SHARES = (0.0, 0.5, 0.9, 1.0)
 KNOWN = 64
 PARTITIONS = (1, 2, 4, 8)
 SIZES = ("256 px baseline", "512 px baseline", "2 MP baseline", "12 MP baseline q85")
 NULL = "benchmarks.null_worker"
+ONE_DECODER = {"WORKER_DECODE__PROCESSES": "1"}
+LATENCY_S = 0.1
+"""Of the image host: an object store's, about."""
+FETCHES = 16
+"""The setting's default; all of them may go to one host here."""
 
 
 def mixed(events: int, share: float, seed: int = 5) -> list[bytes]:
@@ -33,23 +43,53 @@ def cached(events: int, processes: int) -> dict[str, Any]:
     found = {}
     for share in SHARES:
         pictures = mixed(events if share >= 0.9 else events // 4, share)
-        found[f"{share:.0%}"] = pipeline.path(pictures, NULL, len(pictures) // 4, processes, partitions=4)
+        found[f"{share:.0%}"] = pipeline.path(inline(pictures), NULL, len(pictures) // 4, processes, partitions=4)
     return found
 
 
 def decoding(events: int) -> dict[str, Any]:
     """By partitions: one worker, two workers where there are two partitions, and how far two are from twice one."""
-    found: dict[str, Any] = {}
-    pictures = pipeline.jpegs(events)
-    for partitions in PARTITIONS:
-        runs = [
-            pipeline.path(pictures, f"{NULL} --core", events // 4, count, partitions, {"WORKER_DECODE__PROCESSES": "1"})
-            for count in range(1, min(partitions, 2) + 1)
-        ]
-        figures = found[f"{partitions} partitions"] = dict(zip(("one", "two"), runs, strict=False))
-        if len(runs) > 1:
-            figures["efficiency"] = runs[1]["events_per_s"] / runs[0]["events_per_s"] / 2
-    return found
+    pictures = inline(pipeline.jpegs(events))
+    return {
+        f"{partitions} partitions": _doubled(pictures, f"{NULL} --core", partitions, ONE_DECODER) for partitions in PARTITIONS
+    }
+
+
+def photographs(events: int) -> dict[str, Any]:
+    """12-megapixel files that are named by their address: next to nothing goes through the broker, decoding is all the work."""
+    name, size, options, _ = next(kind for kind in decode.KINDS if kind[0] == "12 MP baseline q85")
+    picture = decode.jpeg(size, options)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{number}.jpg") for number in range(events)]
+        for number, path in enumerate(paths):
+            path.write_bytes(picture + number.to_bytes(8, "big"))
+        settings = {**ONE_DECODER, "WORKER_FETCH__FILE_ROOTS": folder}
+        return {"picture": name} | _doubled(by_reference([path.as_uri() for path in paths]), f"{NULL} --core", 2, settings)
+
+
+def fetching(events: int) -> dict[str, Any]:
+    """256-pixel pictures from a host that takes LATENCY_S: what a worker fetches at a time bounds it, not the processor."""
+    settings = {
+        "WORKER_FETCH__ALLOW_PRIVATE_ADDRESSES": "true",
+        "WORKER_FETCH__CONCURRENCY": str(FETCHES),
+        "WORKER_FETCH__CONCURRENCY_PER_HOST": str(FETCHES),
+    }
+    with slow_host(decode.jpeg((256, 256), {"quality": 85}), LATENCY_S) as host:
+        uploads = by_reference([f"{host}/{number}" for number in range(events)])
+        bound = {"latency_s": LATENCY_S, "fetches": FETCHES, "one_worker_at_most_per_s": FETCHES / LATENCY_S}
+        return bound | _doubled(uploads, NULL, 2, settings)
+
+
+def _doubled(uploads: Sequence[Upload], module: str, partitions: int, settings: dict[str, str]) -> dict[str, Any]:
+    """One worker, two workers, and how far two are from twice one; one alone where there is one partition."""
+    runs = [
+        pipeline.path(uploads, module, len(uploads) // 4, count, partitions, settings)
+        for count in range(1, min(partitions, 2) + 1)
+    ]
+    figures: dict[str, Any] = dict(zip(("one", "two"), runs, strict=False))
+    if len(runs) > 1:
+        figures["efficiency"] = runs[1]["events_per_s"] / runs[0]["events_per_s"] / 2
+    return figures
 
 
 def sizes(events: int) -> dict[str, Any]:
@@ -60,7 +100,7 @@ def sizes(events: int) -> dict[str, Any]:
             picture = decode.jpeg(size, options)
             count = max(60, events * weight // 300)
             pictures = [picture + number.to_bytes(8, "big") for number in range(count)]
-            found[name] = pipeline.path(pictures, NULL, count // 4, partitions=4)
+            found[name] = pipeline.path(inline(pictures), NULL, count // 4, partitions=4)
     return found
 
 
@@ -71,6 +111,8 @@ def main(events: int) -> dict[str, Any]:
         ("cached, one process", lambda: cached(events * 2, 1)),
         ("cached, two processes", lambda: cached(events * 2, 2)),
         ("decode", lambda: decoding(events)),
+        ("photographs", lambda: photographs(events // 8)),
+        ("fetch", lambda: fetching(events // 2)),
         ("sizes", lambda: sizes(events)),
     ):
         figures[name] = measure()

@@ -18,6 +18,7 @@ class Contestant:
     commands: Callable[[str, str], list[tuple[list[str], dict[str, str]]]]
     group: str = "peer"
     """In Kafka."""
+    ours: bool = False
 
 
 def _python(module: str) -> list[str]:
@@ -29,7 +30,7 @@ def _environment(bootstrap: str, model: str, **more: str) -> dict[str, str]:
     return kept | {"PEER_BOOTSTRAP": bootstrap, "PEER_MODEL": model} | more
 
 
-def _ours(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]:
+def _ours(bootstrap: str, model: str, **more: str) -> list[tuple[list[str], dict[str, str]]]:
     settings = {
         "WORKER_KAFKA__BOOTSTRAP_SERVERS": bootstrap,
         "WORKER_KAFKA__SESSION_TIMEOUT_MS": "6000",
@@ -37,7 +38,12 @@ def _ours(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]:
         "WORKER_HTTP__PORT": "0",
         "WORKER_LOG__LEVEL": "WARNING",
     }
-    return [(_python("ours"), _environment(bootstrap, model, **settings))]
+    return [(_python("ours"), _environment(bootstrap, model, **settings, **more))]
+
+
+def _ours_twice(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]:
+    """Two processes, each with a core of the model's threads and one decoder: as FastStream's two."""
+    return _ours(bootstrap, model, WORKER_ENGINE__THREADS="1", WORKER_DECODE__PROCESSES="1") * 2
 
 
 def _faststream(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]:
@@ -72,9 +78,13 @@ def _mosec(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]
 
 
 CONTESTANTS = (
-    Contestant("this worker", _ours, "code-worker"),
+    Contestant("this worker", _ours, "code-worker", ours=True),
+    Contestant("this worker, two processes", _ours_twice, "code-worker", ours=True),
     Contestant("FastStream", _faststream),
     Contestant("FastStream, two processes", _faststream_twice),
     Contestant("aiokafka + LitServe", _litserve),
     Contestant("aiokafka + Mosec", _mosec),
 )
+
+
+OURS = frozenset(contestant.name for contestant in CONTESTANTS if contestant.ours)

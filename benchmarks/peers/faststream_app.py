@@ -32,6 +32,7 @@ def judge(images: list[bytes]) -> list[float]:
     group_id="peer",
     auto_offset_reset="earliest",
     session_timeout_ms=6000,
+    max_partition_fetch_bytes=8_000_000,
     ack_policy=AckPolicy.NACK_ON_ERROR,
     decoder=lambda message: message.body,
 )

@@ -26,6 +26,7 @@ async def main() -> None:
         auto_offset_reset="earliest",
         enable_auto_commit=False,
         session_timeout_ms=6000,
+        max_partition_fetch_bytes=8_000_000,
     )
     producer = AIOKafkaProducer(bootstrap_servers=servers, linger_ms=5, max_request_size=8_000_000)
     # Its own idle time below the five seconds of uvicorn: a request on a connection that the server just closed is not repeated.

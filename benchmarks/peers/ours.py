@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,9 @@ class SimulatedBackend(NullBackend):
 
     def _infer(self, crops: NDArray[np.uint8]) -> Outputs:
         a, b = map(float, os.environ["PEER_MODEL"].split(","))
-        time.sleep(a + b * len(crops))
+        with Path(os.environ["PEER_DEVICE_LOCK"]).open("wb") as device:  # one device among all processes, as for the peers
+            fcntl.flock(device, fcntl.LOCK_EX)
+            time.sleep(a + b * len(crops))
         return super()._infer(crops[:, :1, :1])
 
 

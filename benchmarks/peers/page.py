@@ -8,23 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import number
+from benchmarks.peers.contestants import OURS
 from benchmarks.record import RESULTS
 
 RESULT = RESULTS / "peers.json"
 PAGE = Path(__file__).parents[2] / "docs" / "peers.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.peers.page -->", "<!-- end -->"
 
-OURS = "this worker"
 OTHERS = 0.1
 """Of the processors: with more than that beside a contestant, what a clock says is not shown."""
-TITLES = {"openvino": "The real model on this machine's processor", "simulated": "A simulated device"}
+TITLES = {
+    "openvino": "The real model on this machine's processor, small pictures",
+    "openvino-mixed": "The real model on this machine's processor, a mixture of sizes",
+    "simulated": "A simulated device, small pictures",
+    "simulated-mixed": "A simulated device, a mixture of sizes",
+}
 
 
 def tables(result: dict[str, Any]) -> str:
     """What was measured, as Markdown. What a clock says is left out where others used the machine: processor time is not."""
     figures, machine = result["figures"], result["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in figures["packages"].items())
-    parts = [f"{machine['cpu']}, {machine['cores']} cores; {figures['picture']}; {packages}."]
+    parts = [f"{machine['cpu']}, {machine['cores']} cores; {packages}."]
     parts += [_course(title, figures[name]) for name, title in TITLES.items() if "throughput" in figures.get(name, {})]
     parts += [_kills(figures["simulated"]["kills"])] if "kills" in figures.get("simulated", {}) else []
     return "\n\n".join(parts)
@@ -45,7 +50,7 @@ def _course(title: str, course: dict[str, Any]) -> str:
         columns += [("CPU s per 1,000 at that load", latency, "cpu_s_per_1000", ".2f")]
     names = list(throughput["contestants"])
     lines = [
-        f"**{title}** ({course['model']}). Made: {_moment(throughput)}.{_about_latency(latency)}",
+        f"**{title}** ({course['model']}; {course['picture']}). Made: {_moment(throughput)}.{_about_latency(latency)}",
         "",
         f"| | {' | '.join(heading for heading, *_ in columns)} |",
         f"|---|{'--:|' * len(columns)}",
@@ -58,6 +63,8 @@ def _course(title: str, course: dict[str, Any]) -> str:
         + "; ".join(_against(heading, _figures(part, key), most=key == "events_per_s") for heading, part, key, _ in columns)
         + ".",
     ]
+    if (busy := course.get("busy")) is not None and quiet(busy):
+        lines += ["", _busy(busy)]
     if (released := course.get("released")) is not None:
         ways = (f"{way} {row['cpu_s_per_1000']:.2f}" for way, row in released["contestants"].items())
         lines += ["", f"CPU s per 1,000 of the released way, from files without Kafka: {', '.join(ways)}."]
@@ -72,8 +79,16 @@ def _course(title: str, course: dict[str, Any]) -> str:
 def _about_latency(latency: dict[str, Any] | None) -> str:
     if latency is None or not quiet(latency):
         return ""
-    rate = latency["contestants"][OURS]["rate_per_s"]
+    rate = next(iter(latency["contestants"].values()))["rate_per_s"]
     return f" Latency at {rate:.0f} uploads/s, at random moments: {_moment(latency)}."
+
+
+def _busy(part: dict[str, Any]) -> str:
+    rows = part["contestants"]
+    rate = next(iter(rows.values()))["rate_per_s"]
+    named = ", ".join(f"{name} {row['p50_ms']:.0f} and {row['p99_ms']:.0f} ms" for name, row in rows.items())
+    ratios = "; ".join(_against(f"{what}, ms", _figures(part, f"{what}_ms"), most=False) for what in ("p50", "p99"))
+    return f"At {rate:.0f} uploads/s, most of what the best peer carries ({_moment(part)}): p50 and p99 of {named}. {ratios}."
 
 
 def _figures(part: dict[str, Any], key: str) -> dict[str, float]:
@@ -103,11 +118,14 @@ def _moment(part: dict[str, Any]) -> str:
 
 
 def _against(what: str, figures: dict[str, float], most: bool) -> str:
-    others = {name: figure for name, figure in figures.items() if name != OURS}
-    best = (max if most else min)(others, key=lambda name: others[name])
-    ratio = figures[OURS] / others[best]
+    """The better of this worker's shapes over the best of the others."""
+    choose = max if most else min
+    mine, theirs = ({name: f for name, f in figures.items() if (name in OURS) is own} for own in (True, False))
+    own, best = choose(mine, key=lambda name: mine[name]), choose(theirs, key=lambda name: theirs[name])
+    ratio = mine[own] / theirs[best]
     ahead = "" if (ratio > 1) == most else " (**the peer is ahead**)"
-    return f"{what} {ratio:.2f} times {best}'s{ahead}"
+    shape = own.partition(", ")[2]
+    return f"{what} {ratio:.2f} times {best}'s{f' ({shape})' if shape else ''}{ahead}"
 
 
 def rewritten(text: str, result: dict[str, Any]) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks.peers import page
+from benchmarks.peers.pictures import mixed
+
+OURS = "this worker"
 
 
 def course(**peer: float) -> dict[str, Any]:
@@ -16,14 +21,15 @@ def course(**peer: float) -> dict[str, Any]:
     made = {"commit": "abc", "at": "2026-01-02T03:04:05+00:00", "load_average": 1.2}
     return {
         "model": "one",
-        "throughput": {"made": made, "contestants": {page.OURS: own, "peer": own | peer}},
-        "latency": {"made": made, "contestants": {page.OURS: calm, "peer": calm | peer}},
+        "picture": "small",
+        "throughput": {"made": made, "contestants": {OURS: own, "peer": own | peer}},
+        "latency": {"made": made, "contestants": {OURS: calm, "peer": calm | peer}},
         "released": {"made": made, "contestants": {"one": {"images_per_s": 50.0, "cpu_s_per_1000": 9.0}}},
     }
 
 
 def result(found: dict[str, Any]) -> dict[str, Any]:
-    figures = {"picture": "small", "packages": {"faststream": "1"}, "openvino": found}
+    figures = {"packages": {"faststream": "1"}, "openvino": found}
     return {"machine": {"cpu": "a cpu", "cores": 2}, "figures": figures}
 
 
@@ -53,10 +59,33 @@ def test_what_a_kill_cost_is_shown() -> None:
     found = result(course())
     made = found["figures"]["openvino"]["latency"]["made"]
     row = {"events": 9, "lost": 0, "repeated": 2}
-    found["figures"]["simulated"] = {"kills": {"made": made, "contestants": {page.OURS: row}}}
-    assert f"| {page.OURS} | 9 | 0 | 2 |" in page.tables(found)
+    found["figures"]["simulated"] = {"kills": {"made": made, "contestants": {OURS: row}}}
+    assert f"| {OURS} | 9 | 0 | 2 |" in page.tables(found)
 
 
 def test_a_page_without_its_markers_is_not_written() -> None:
     with pytest.raises(SystemExit, match="markers"):
         page.rewritten("nothing", result(course()))
+
+
+def test_of_our_two_shapes_the_better_one_is_compared_and_named() -> None:
+    found = course()
+    for part in (found["throughput"], found["latency"]):
+        part["contestants"]["this worker, two processes"] = part["contestants"][OURS] | {"events_per_s": 190.0}
+    text = page.tables(result(found))
+    assert "events/s 1.90 times peer's (two processes);" in text
+
+
+def test_the_load_near_the_best_peers_limit_is_shown() -> None:
+    found = course()
+    rows = found["latency"]["contestants"]
+    found["busy"] = found["latency"] | {"contestants": rows | {"peer": rows["peer"] | {"p99_ms": 200.0}}}
+    text = page.tables(result(found))
+    assert "At 30 uploads/s" in text and "p99, ms 0.25 times peer's" in text
+
+
+def test_a_mixture_holds_each_size_and_no_picture_twice() -> None:
+    found = mixed(6)
+    assert len(set(found)) == 6
+    sizes = [Image.open(io.BytesIO(data)).size for data in found]
+    assert sizes == [(512, 512), (1920, 1080), (4000, 3000)] * 2

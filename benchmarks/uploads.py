@@ -1,0 +1,81 @@
+"""Upload events for the benchmarks: images inside their events, or named by address, and a host that takes its time to answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kafka import KafkaProducer
+
+HEADERS = 8 * 1024
+"""Bytes of a request's head that are read at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One record of the upload topic."""
+
+    value: bytes
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+def inline(pictures: Sequence[bytes]) -> list[Upload]:
+    """The image is the record's value; ids are `picture-0` onwards."""
+    return [
+        Upload(picture, (("content-type", b"image/jpeg"), ("event_id", f"picture-{number}".encode())))
+        for number, picture in enumerate(pictures)
+    ]
+
+
+def by_reference(urls: Sequence[str]) -> list[Upload]:
+    """The record names the image's address."""
+    return [
+        Upload(json.dumps({"event_id": f"picture-{number}", "image": {"url": url}}).encode()) for number, url in enumerate(urls)
+    ]
+
+
+def produce(uploads: Sequence[Upload], bootstrap: str) -> None:
+    """Into `image.uploads`, in order, spread over its partitions."""
+    producer = KafkaProducer(bootstrap_servers=bootstrap, compression_type="lz4", linger_ms=5, max_request_size=32_000_000)
+    for upload in uploads:
+        producer.send("image.uploads", upload.value, headers=list(upload.headers))
+    producer.flush()
+    producer.close()
+
+
+@contextmanager
+def slow_host(picture: bytes, latency_s: float) -> Iterator[str]:
+    """A web server whose every path is this picture, `latency_s` after it was asked for. Yields its address.
+
+    It appends eight bytes that are the path's number, so that no two pictures have one digest.
+    """
+    loop = asyncio.new_event_loop()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await asyncio.sleep(latency_s)
+                number = int(head.split(b" ", 2)[1].rpartition(b"/")[2])
+                body = picture + number.to_bytes(8, "big")
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: image/jpeg\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the other side has what it wanted
+        finally:
+            writer.close()
+
+    server = loop.run_until_complete(asyncio.start_server(answer, "127.0.0.1", 0, limit=HEADERS))
+    thread = threading.Thread(target=loop.run_forever, name="slow-host", daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        server.close()
+        loop.close()
