@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,7 +54,6 @@ def slow_host(picture: bytes, latency_s: float) -> Iterator[str]:
 
     It appends eight bytes that are the path's number, so that no two pictures have one digest.
     """
-    loop = asyncio.new_event_loop()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -69,13 +69,19 @@ def slow_host(picture: bytes, latency_s: float) -> Iterator[str]:
         finally:
             writer.close()
 
-    server = loop.run_until_complete(asyncio.start_server(answer, "127.0.0.1", 0, limit=HEADERS))
-    thread = threading.Thread(target=loop.run_forever, name="slow-host", daemon=True)
+    async def serve() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, limit=HEADERS)
+        started.set_result((asyncio.get_running_loop(), server.sockets[0].getsockname()[1]))
+        async with server:
+            await stop.wait()
+
+    stop = asyncio.Event()
+    started: Future[tuple[asyncio.AbstractEventLoop, int]] = Future()
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), name="slow-host")  # run ends what is still connected
     thread.start()
+    loop, port = started.result(10)
     try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{port}"
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(stop.set)
         thread.join()
-        server.close()
-        loop.close()

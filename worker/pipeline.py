@@ -29,6 +29,7 @@ from worker.clock import Clock
 from worker.delays import DelayQueue
 from worker.envelopes import open_retry
 from worker.errors import Code, DependencyError, ItemError, StaleItemError, TransientItemError
+from worker.image_room import ExpectedSize, ImageRoom, RoomWanted
 from worker.items import Decoded, Delivery, Fetched, Item, Record, Scored, Scores, Timings
 from worker.lanes import Closed, Lanes
 from worker.ledger import Ledger, Partition
@@ -105,6 +106,7 @@ class Pipeline:
             stages.ledger, stages.budget, stages.policy, stages.publisher, stages.circuit, metrics, clock, self._tracer, on_room
         )
         self._flights: SingleFlight[Flight, Item] = SingleFlight()
+        self._expected_size = ExpectedSize(settings.fetch.max_bytes)
         self._limits = contracts.EventLimits(
             max_image_bytes=settings.fetch.max_bytes, max_event_bytes=settings.kafka.max_record_bytes
         )
@@ -222,20 +224,36 @@ class Pipeline:
                 self._to_cache.put(fetched)
 
     def _fetch(self, item: Item) -> Fetched | None:
-        """Room for the largest image is reserved first, so that the bytes in flight stay bounded whatever arrives."""
+        """Room for the image is reserved first, so that the bytes in flight stay bounded whatever arrives."""
         inline = item.event.inline
-        reserved_bytes = self._settings.fetch.max_bytes if inline is None else len(inline)
-        self._stages.budget.reserve(reserved_bytes)
-        return self._fetch_within(item, reserved_bytes)
+        image_bytes = self._expected_size.bytes if inline is None else len(inline)
+        while True:
+            self._stages.budget.reserve(image_bytes)
+            try:
+                fetched = self._fetch_within(item, image_bytes)
+            except RoomWanted as larger:
+                image_bytes = larger.image_bytes
+                continue
+            if fetched is not None and inline is None:
+                self._expected_size.learn(len(fetched.data))
+            return fetched
 
     def _fetch_within(self, item: Item, reserved_bytes: int) -> Fetched | None:
-        """The image within the room reserved for it; None where its event goes another way from here, its room given back."""
-        fetched, error, made = self._fetch_in_place(item)
+        """The image within the room reserved for it; None where its event goes another way from here, its room given back.
+
+        Raises:
+            RoomWanted: it is larger than what was reserved, and there is no more now; its room was given back.
+        """
+        room = ImageRoom(self._stages.budget, reserved_bytes)
+        try:
+            fetched, error, made = self._fetch_in_place(item, room)
+        except RoomWanted:
+            room.keep(0)
+            raise
         if fetched is not None:
-            if reserved_bytes != len(fetched.data):
-                self._stages.budget.release(reserved_bytes - len(fetched.data))
+            room.keep(len(fetched.data))
             return fetched
-        self._stages.budget.release(reserved_bytes)
+        room.keep(0)
         if isinstance(error, TransientItemError) and not error.attempted:
             self._postpone(item, error, made - 1)  # its host was left alone: that is no attempt of this event
         elif isinstance(error, TransientItemError) and made < self._settings.fetch.attempts:
@@ -245,7 +263,7 @@ class Pipeline:
             self._to_publish.put(_failed(item, error))
         return None
 
-    def _fetch_in_place(self, item: Item) -> tuple[Fetched | None, ItemError | None, int]:
+    def _fetch_in_place(self, item: Item, room: ImageRoom) -> tuple[Fetched | None, ItemError | None, int]:
         """Try once; on an event's first way through, a host that failed at once is asked a second time.
 
         Returns the image or the error, and how many attempts this event has had by now.
@@ -254,7 +272,7 @@ class Pipeline:
         started = self._clock.monotonic()
         while True:
             try:
-                return self._stages.fetcher.fetch(item), None, made
+                return self._stages.fetcher.fetch(item, room.hold), None, made
             except ItemError as error:
                 quick = error.code is Code.FETCH_UNAVAILABLE and made == 1 < self._settings.fetch.attempts and _attempted(error)
                 if not quick:

@@ -90,3 +90,45 @@ def test_trying_never_waits_and_never_overtakes_who_does() -> None:
     assert budget.try_reserve(100)
     budget.close()
     assert not budget.try_reserve(1)
+
+
+def test_who_waits_is_admitted_in_order_however_much_it_wants() -> None:
+    budget = Budget(max_events=9, max_bytes=200, max_image_bytes=100)
+    budget.reserve(60)
+    entered: list[str] = []
+
+    def take(name: str, size: int) -> None:
+        budget.reserve(size)
+        entered.append(name)
+
+    threads = []
+    for name, size in (("large", 100), ("small", 40)):
+        threads.append(threading.Thread(target=take, args=(name, size)))
+        threads[-1].start()
+        deadline = time.monotonic() + 30
+        while len(budget._waiting) < len(threads) and time.monotonic() < deadline:
+            time.sleep(0.001)
+    budget.release(20)  # room for the small one, which came second
+    time.sleep(0.05)
+    assert not entered
+    budget.release(40)
+    threads[0].join(30)
+    assert entered == ["large"]
+    budget.release(100)
+    threads[1].join(30)
+    assert entered == ["large", "small"] and budget.bytes == 40
+
+
+def test_what_is_under_way_may_grow_past_those_who_wait_but_not_past_the_limit() -> None:
+    budget = Budget(max_events=9, max_bytes=200, max_image_bytes=100)
+    budget.reserve(60)
+    waiting = threading.Thread(target=budget.reserve, args=(100,))
+    waiting.start()
+    deadline = time.monotonic() + 30
+    while not budget._waiting and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert budget.try_grow(40) and budget.bytes == 100
+    assert not budget.try_grow(1) and budget.bytes == 100
+    budget.close()
+    waiting.join(30)
+    assert not waiting.is_alive()

@@ -22,6 +22,7 @@ from worker.clock import SystemClock
 from worker.delays import DelayQueue
 from worker.engines import engine_of
 from worker.errors import Code, ItemError, TransientItemError
+from worker.image_room import FIRST_BYTES, Hold, unbounded
 from worker.items import Decoded, Fetched, Headers, ImageInfo, Item, Record
 from worker.ledger import Ledger
 from worker.metrics import Metrics
@@ -40,10 +41,12 @@ class Fetcher:
     def __init__(self) -> None:
         self.errors: dict[str, list[ItemError]] = defaultdict(list)
         self.calls: list[str] = []
+        self.sizes: dict[str, int] = {}
 
-    def fetch(self, item: Item) -> Fetched:
+    def fetch(self, item: Item, hold: Hold = unbounded) -> Fetched:
         event_id = item.event.event_id
         self.calls.append(event_id)
+        hold(self.sizes.get(event_id, 0))
         if self.errors[event_id]:
             raise self.errors[event_id].pop(0)
         data = item.event.inline or (item.event.url or "").encode()
@@ -440,3 +443,30 @@ def test_a_wrong_digest_of_an_image_inside_an_event_is_a_dead_letter(house: Hous
     (letter,) = house.publisher.letters
     assert letter[1] == "fetch.hash_mismatch"
     assert (house.budget.events, house.budget.bytes) == (0, 0)
+
+
+def test_an_image_larger_than_expected_is_fetched_again_once_there_is_room_for_all_of_it(house: House) -> None:
+    """That is no attempt of the event, and nothing of it shows in its verdict."""
+    held = 5 * 10**7 - FIRST_BYTES
+    house.budget.reserve(held)
+    house.fetcher.sizes["big"] = FIRST_BYTES + 1
+    house.send("big")
+    deadline = time.monotonic() + 30
+    while not house.fetcher.calls and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert house.fetcher.calls == ["big"] and not house.publisher.verdicts
+    house.budget.release(held)
+    house.settle(30)
+    (verdict,) = house.publisher.verdicts
+    assert house.fetcher.calls == ["big", "big"] and verdict["reason"] is None
+    assert (house.budget.events, house.budget.bytes) == (0, 0)
+
+
+def test_many_small_images_are_fetched_at_a_time(house: House) -> None:
+    """What is reserved for a fetch is what images take, not the most they may have."""
+    for number in range(40):
+        house.send(f"url-{number}")
+    house.settle(30)
+    assert len(house.publisher.verdicts) == 40
+    assert house.pipeline._expected_size.bytes < 100

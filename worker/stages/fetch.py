@@ -11,6 +11,7 @@ import httpcore
 
 from worker.clock import Clock, Deadline
 from worker.errors import Code, ItemError
+from worker.image_room import Hold, unbounded
 from worker.items import Event, Fetched, Item
 from worker.settings import FetchSettings
 from worker.stages.fetch_buckets import BucketSource
@@ -54,14 +55,17 @@ class Fetcher:
         self._buckets = BucketSource(settings, gate)
         self._files = FileSource(settings.file_roots, settings.max_bytes)
 
-    def fetch(self, item: Item) -> Fetched:
+    def fetch(self, item: Item, hold: Hold = unbounded) -> Fetched:
         """Get the event's image in one attempt of at most FETCH__TIMEOUT_S. Thread-safe.
+
+        `hold` is told the image's size in bytes, or the largest allowed where nobody says it, before its bytes are read; what
+        it raises ends the attempt and is passed on.
 
         Raises:
             ItemError: fetch.denied, fetch.not_found, fetch.too_large, fetch.hash_mismatch.
             TransientItemError: fetch.timeout, fetch.unavailable, with the host's hint or `attempted=False` where it has one.
         """
-        data = self._read(item.event)
+        data = self._read(item.event, hold)
         digest = hashlib.sha256(data).hexdigest()
         expected = item.event.sha256
         if expected is not None and expected.strip().lower() != digest:
@@ -74,7 +78,7 @@ class Fetcher:
         self._buckets.close()
         self._resolver.close()
 
-    def _read(self, event: Event) -> bytes:
+    def _read(self, event: Event, hold: Hold) -> bytes:
         if event.inline is not None:
             if len(event.inline) > self._settings.max_bytes:
                 raise ItemError(Code.FETCH_TOO_LARGE, f"the image is larger than {self._settings.max_bytes} bytes")
@@ -85,9 +89,9 @@ class Fetcher:
         scheme, _ = split_scheme(event.url)
         match scheme:
             case "http" | "https":
-                return self._http.read(event.url, deadline)
+                return self._http.read(event.url, deadline, hold)
             case "s3" | "gs":
-                return self._buckets.read(event.url, deadline)
+                return self._buckets.read(event.url, deadline, hold)
             case "file":
-                return self._files.read(event.url, deadline)
+                return self._files.read(event.url, deadline, hold)
         raise denied(f"scheme {scheme} is not allowed")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.clock import Deadline
 from worker.errors import Code, ItemError, TransientItemError
+from worker.image_room import Hold, unbounded
 from worker.settings import FetchSettings
 from worker.stages.fetch_hosts import HostGate
 from worker.stages.fetch_urls import ObjectUrl, denied, parse_object
@@ -46,8 +47,8 @@ class BucketSource:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
-    def read(self, url: str, deadline: Deadline) -> bytes:
-        """The bytes of an object.
+    def read(self, url: str, deadline: Deadline, hold: Hold = unbounded) -> bytes:
+        """The bytes of an object; `hold` as in `Fetcher.fetch`.
 
         Raises:
             ItemError: fetch.denied for buckets that are not allowed and for the store's 401 and 403; fetch.not_found,
@@ -57,7 +58,7 @@ class BucketSource:
         target = parse_object(url, allowed_buckets=self._settings.allowed_buckets)
         name = f"{target.scheme}://{target.bucket}"
         with self._gate.visit(name, name, deadline):
-            return self._mapped(target, name, deadline)
+            return self._mapped(target, name, deadline, hold)
 
     def close(self) -> None:
         """Give up what is under way and end the thread."""
@@ -69,12 +70,12 @@ class BucketSource:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
 
-    def _mapped(self, target: ObjectUrl, name: str, deadline: Deadline) -> bytes:
+    def _mapped(self, target: ObjectUrl, name: str, deadline: Deadline, hold: Hold) -> bytes:
         """The one boundary to obstore; its messages hold endpoints and addresses, so none of them is passed on."""
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         try:
-            return self._until(deadline, _get(self._store(target), target.key, self._settings.max_bytes))
+            return self._until(deadline, _get(self._store(target), target.key, self._settings.max_bytes, hold))
         except TimeoutError as error:
             raise TransientItemError(Code.FETCH_TIMEOUT, f"{name} did not deliver in time") from error
         except FileNotFoundError as error:
@@ -112,12 +113,13 @@ class BucketSource:
             return store
 
 
-async def _get(store: S3Store | GCSStore, key: str, max_bytes: int) -> bytes:
+async def _get(store: S3Store | GCSStore, key: str, max_bytes: int, hold: Hold) -> bytes:
     import obstore
 
     result = await obstore.get_async(store, key)
     if result.meta["size"] > max_bytes:
         raise _too_large(max_bytes)
+    hold(result.meta["size"])
     body = io.BytesIO()
     async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
         if body.tell() + len(chunk) > max_bytes:

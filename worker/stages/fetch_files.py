@@ -11,6 +11,7 @@ from urllib.parse import unquote_to_bytes
 
 from worker.clock import Deadline
 from worker.errors import Code, ItemError, TransientItemError
+from worker.image_room import Hold, unbounded
 from worker.stages.fetch_urls import denied, split_scheme
 
 CHUNK_BYTES = 2**20
@@ -26,8 +27,8 @@ class FileSource:
         self._roots = tuple(roots)
         self._max_bytes = max_bytes
 
-    def read(self, url: str, deadline: Deadline) -> bytes:
-        """The bytes of the file.
+    def read(self, url: str, deadline: Deadline, hold: Hold = unbounded) -> bytes:
+        """The bytes of the file; `hold` as in `Fetcher.fetch`.
 
         Raises:
             ItemError: fetch.denied outside the roots and for what is no readable regular file; fetch.not_found,
@@ -40,7 +41,7 @@ class FileSource:
         except OSError as error:
             raise _mapped(error) from error
         try:
-            return self._read(descriptor, deadline)
+            return self._read(descriptor, deadline, hold)
         except OSError as error:
             raise _mapped(error) from error
         finally:
@@ -59,10 +60,13 @@ class FileSource:
                 return _open_below(real_root, os.path.relpath(resolved, real_root))
         raise denied("the path is not under an allowed folder")
 
-    def _read(self, descriptor: int, deadline: Deadline) -> bytes:
+    def _read(self, descriptor: int, deadline: Deadline, hold: Hold) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise denied("the path is not a regular file")
+        held_bytes = status.st_size or self._max_bytes  # a file without a size, as in /proc, may hold anything
+        if held_bytes <= self._max_bytes:
+            hold(held_bytes)
         body = bytearray()
         while len(body) <= self._max_bytes and status.st_size <= self._max_bytes:
             if deadline.expired():
@@ -71,6 +75,8 @@ class FileSource:
             if not chunk:
                 return bytes(body)
             body += chunk
+            if len(body) > held_bytes:  # it grows while it is read
+                hold(held_bytes := self._max_bytes)
         raise ItemError(Code.FETCH_TOO_LARGE, f"the image is larger than {self._max_bytes} bytes")
 
 

@@ -21,6 +21,7 @@ import httpcore
 
 from worker.clock import Clock, Deadline
 from worker.errors import Code, ItemError, TransientItemError
+from worker.image_room import Hold, unbounded
 from worker.settings import FetchSettings
 from worker.stages.fetch_hosts import HostGate
 from worker.stages.fetch_network import CheckedNetwork
@@ -37,6 +38,7 @@ REQUEST_HEADERS = (
 )
 _ZLIB_WINDOW_OF_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
+_PLAIN = frozenset({b"", b"identity"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REFUSALS = frozenset({401, 402, 403, 407, 451})
 _LATER = frozenset({421, 423, 425, 429})
@@ -62,8 +64,8 @@ class HttpSource:
             network_backend=network,
         )
 
-    def read(self, url: str, deadline: Deadline) -> bytes:
-        """The bytes behind `url`.
+    def read(self, url: str, deadline: Deadline, hold: Hold = unbounded) -> bytes:
+        """The bytes behind `url`; `hold` as in `Fetcher.fetch`.
 
         Raises:
             ItemError: fetch.denied, fetch.not_found, fetch.too_large.
@@ -75,7 +77,7 @@ class HttpSource:
                 raise denied("redirected to a host that is not allowed" if hop else f"host {target.host} is not allowed")
             name = target.host if hop == 0 else "the host it was redirected to"
             with self._gate.visit(target.authority, name, deadline), self._network.until(deadline, name), _foreign_errors(name):
-                found = self._exchange(target, name, deadline)
+                found = self._exchange(target, name, deadline, hold)
             if isinstance(found, bytes):
                 return found
             target = found
@@ -85,7 +87,7 @@ class HttpSource:
         """Close the kept connections."""
         self._pool.close()
 
-    def _exchange(self, target: HttpUrl, name: str, deadline: Deadline) -> bytes | HttpUrl:
+    def _exchange(self, target: HttpUrl, name: str, deadline: Deadline, hold: Hold) -> bytes | HttpUrl:
         """One request: the body, or where it redirects to."""
         response = self._request(target)
         try:
@@ -96,7 +98,7 @@ class HttpSource:
                 return follow(target, headers[b"location"], allow_disguised=self._allow_disguised)
             if response.status not in (200, 203):
                 raise _refusal(response.status, name, _retry_after_s(headers.get(b"retry-after"), self._clock))
-            return self._body(response, headers, deadline)
+            return self._body(response, headers, deadline, hold)
         finally:
             response.close()
 
@@ -115,11 +117,14 @@ class HttpSource:
                 if self._network.connected:
                     raise
 
-    def _body(self, response: httpcore.Response, headers: dict[bytes, bytes], deadline: Deadline) -> bytes:
-        if int(headers.get(b"content-length", b"0")) > self._max_bytes:
+    def _body(self, response: httpcore.Response, headers: dict[bytes, bytes], deadline: Deadline, hold: Hold) -> bytes:
+        length = int(headers.get(b"content-length", b"-1"))
+        if length > self._max_bytes:
             raise self._too_large()
+        encoding = headers.get(b"content-encoding", b"").strip().lower()
+        hold(length if length >= 0 and encoding in _PLAIN else self._max_bytes)
         body = io.BytesIO()
-        for chunk in self._decoded(response.iter_stream(), headers.get(b"content-encoding", b"")):
+        for chunk in self._decoded(response.iter_stream(), encoding):
             if body.tell() + len(chunk) > self._max_bytes:
                 raise self._too_large()
             body.write(chunk)
@@ -129,10 +134,9 @@ class HttpSource:
 
     def _decoded(self, chunks: Iterable[bytes], encoding: bytes) -> Iterable[bytes]:
         """Identity was asked for, but objects stored compressed come compressed from some hosts."""
-        coding = encoding.strip().lower()
-        if coding in (b"", b"identity"):
+        if encoding in _PLAIN:
             return chunks
-        if coding in (b"gzip", b"x-gzip", b"deflate"):
+        if encoding in (b"gzip", b"x-gzip", b"deflate"):
             return _inflated(chunks, self._max_bytes)
         raise denied("the host sends a content encoding that was not asked for")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from tests.worker.stages.fetch_servers import RawServer, answer, make_fetcher, make_item
 from worker.clock import SystemClock
 from worker.errors import Code, ConfigurationError, ItemError
+from worker.image_room import RoomWanted
 from worker.settings import FetchSettings
 from worker.stages.fetch import Fetcher
 
@@ -97,3 +99,45 @@ def test_the_import_leaves_the_object_stores_for_later() -> None:
     code = "import sys, worker.stages.fetch; print([m for m in ('obstore', 'asyncio.events', 'torch') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert "obstore" not in done.stdout and "torch" not in done.stdout
+
+
+class Held:
+    """Notes what it is told; refuses from `limit` on."""
+
+    def __init__(self, limit: int = 10**9) -> None:
+        self.told: list[int] = []
+        self.limit = limit
+
+    def __call__(self, image_bytes: int) -> None:
+        self.told.append(image_bytes)
+        if image_bytes > self.limit:
+            raise RoomWanted(image_bytes)
+
+
+def test_the_size_is_told_before_the_bytes_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(BODY)
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+    server, fetcher = RawServer(), make_fetcher(file_roots=(tmp_path,), max_bytes=1000)
+    for url, told in (
+        (server.fixed("/plain", answer(200, BODY)), len(BODY)),
+        (server.fixed("/chunked", chunked), 1000),
+        (server.fixed("/packed", answer(200, gzip.compress(BODY), "Content-Encoding: gzip")), 1000),
+        (path.as_uri(), len(BODY)),
+    ):
+        held = Held()
+        assert fetcher.fetch(make_item(url), held).data == BODY
+        assert held.told == [told], url
+    fetcher.close()
+    server.close()
+
+
+def test_without_room_the_attempt_ends_and_the_host_is_not_blamed() -> None:
+    server, fetcher = RawServer(), make_fetcher(breaker_failures=1)
+    url = server.fixed("/a", answer(200, BODY))
+    for _ in range(3):
+        with pytest.raises(RoomWanted):
+            fetcher.fetch(make_item(url), Held(limit=len(BODY) - 1))
+    assert fetcher.fetch(make_item(url)).data == BODY
+    fetcher.close()
+    server.close()
