@@ -3,15 +3,20 @@
 `cached` are 512 x 512 JPEGs inside their events of which a share is one of 64 pictures seen before.
 `decode` are pictures that were never seen, with one decoder process a worker and each worker on a core of its own, so that
 one worker cannot use the machine that two will; `photographs` the same with files of 12 megapixels named by address, which burden
-decoders and not the broker; `fetch` small pictures from a host that takes its time. `sizes` are pictures of 256 pixels to
-12 megapixels, never seen. The broker shares the cores: what it takes is missing to the workers.
+decoders and not the broker; beside it stands what the machine itself makes of two processes that only decode. `fetch` are small
+pictures from a host that takes its time, `sizes` pictures of 256 pixels to 12 megapixels, never seen. The broker shares the
+cores: what it takes is missing to the workers.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +29,8 @@ PARTITIONS = (1, 2, 4, 8)
 SIZES = ("256 px baseline", "512 px baseline", "2 MP baseline", "12 MP baseline q85")
 NULL = "benchmarks.null_worker"
 ONE_DECODER = {"WORKER_DECODE__PROCESSES": "1"}
-LATENCY_S = 0.1
-"""Of the image host: an object store's, about."""
+LATENCY_S = 0.2
+"""Of the image host: a far object store's, about; two workers then leave the machine room."""
 FETCHES = 16
 """The setting's default; all of them may go to one host here."""
 
@@ -64,7 +69,36 @@ def photographs(events: int) -> dict[str, Any]:
         for number, path in enumerate(paths):
             path.write_bytes(picture + number.to_bytes(8, "big"))
         settings = {**ONE_DECODER, "WORKER_FETCH__FILE_ROOTS": folder}
-        return {"picture": name} | _doubled(by_reference([path.as_uri() for path in paths]), f"{NULL} --core", 2, settings)
+        before = machine(picture)
+        figures = _doubled(by_reference([path.as_uri() for path in paths]), f"{NULL} --core", 2, settings)
+        own = (before["efficiency"] + machine(picture)["efficiency"]) / 2
+        return {"picture": name, **figures, "efficiency_of_the_machine": own, "of_what_it_makes": figures["efficiency"] / own}
+
+
+def machine(picture: bytes, seconds: float = 3.0) -> dict[str, float]:
+    """What the machine itself makes of two: bare decoding in one process and in two, each on a core of its own.
+
+    On a shared machine that can be far from twice as much, and another share a minute later.
+    """
+    context = multiprocessing.get_context("spawn")
+    rates = []
+    for count in (1, 2):
+        with ProcessPoolExecutor(count, context) as processes:
+            list(processes.map(_bare, range(count), [picture] * count, [0.5] * count))  # they are all up
+            rates.append(sum(processes.map(_bare, range(count), [picture] * count, [seconds] * count)))
+    return {"one_per_s": rates[0], "two_per_s": rates[1], "efficiency": rates[1] / rates[0] / 2}
+
+
+def _bare(number: int, picture: bytes, seconds: float) -> float:
+    """Pictures a second of one process that does nothing but decode."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        decode.region(picture)
+        done += 1
+    return done / (time.perf_counter() - began)
 
 
 def fetching(events: int) -> dict[str, Any]:
