@@ -26,13 +26,17 @@ KINDS: tuple[tuple[str, tuple[int, int], dict[str, Any], int], ...] = (
     ("256 px baseline", (256, 256), {"quality": 85}, 300),
     ("512 px baseline", (512, 512), {"quality": 85}, 200),
     ("512 px progressive", (512, 512), {"quality": 85, "progressive": True}, 100),
+    ("512 px progressive 4:4:4 q95", (512, 512), {"quality": 95, "progressive": True, "subsampling": 0}, 60),
+    ("512 px progressive 4:2:2", (512, 512), {"quality": 85, "progressive": True, "subsampling": 1}, 60),
     ("2 MP baseline", (1920, 1080), {"quality": 85}, 40),
     ("12 MP baseline q75", (4000, 3000), {"quality": 75}, 9),
     ("12 MP baseline q85", (4000, 3000), {"quality": 85}, 9),
     ("12 MP baseline q92", (4000, 3000), {"quality": 92}, 9),
     ("12 MP baseline q95", (4000, 3000), {"quality": 95}, 9),
     ("12 MP baseline 4:4:4 q85", (4000, 3000), {"quality": 85, "subsampling": 0}, 9),
+    ("12 MP baseline 4:4:4 q95", (4000, 3000), {"quality": 95, "subsampling": 0}, 9),
     ("12 MP progressive q85", (4000, 3000), {"quality": 85, "progressive": True}, 5),
+    ("12 MP progressive 4:4:4 q95", (4000, 3000), {"quality": 95, "progressive": True, "subsampling": 0}, 5),
 )
 
 

@@ -2,7 +2,7 @@
 
    decode() has libjpeg skip them. cut() has a small JPEG made of each rectangle first (_jpeg_crop.c), which is quicker, and is for
    baseline files alone. Both answer None wherever a full decode might say anything else than "fine": on every error, every warning, every kind
-   of file beside 8-bit grey and YCbCr at the three common samplings, and on one whose end is missing. The caller then asks the
+   of file beside 8-bit grey and YCbCr at the common samplings, and on one whose end is missing. The caller then asks the
    safe decoder (Pillow), which decides. See engine/jpeg_region.py.
 
    The library is not linked but opened by its path, without a share in anybody else's symbols: Pillow's own copy, as a rule. */
@@ -60,13 +60,21 @@ typedef struct {
 
 static void leave(j_common_ptr info) { longjmp(((Errors *)info->err)->leave, 1); }
 
+/* Whether bytes of a progressive file were left before a marker: those of rows below the last that its shortened frame has. By the
+   text, as the library is not the one of the headers, and its codes may differ. */
+static int is_left_over(j_common_ptr info) {
+    int code = info->err->msg_code;
+    return ((j_decompress_ptr)info)->progressive_mode && code > 0 && code <= info->err->last_jpeg_message &&
+           strstr(info->err->jpeg_message_table[code], "extraneous bytes before marker") != NULL;
+}
+
 static void on_message(j_common_ptr info, int level) {
-    if (level < 0) leave(info); /* a warning: damaged data */
+    if (level < 0 && !is_left_over(info)) leave(info); /* a warning: damaged data */
 }
 
 static void on_output(j_common_ptr info) { (void)info; }
 
-/* Grey, or YCbCr at 4:4:4, 4:2:2 or 4:2:0, of the size the caller has checked against its limits. */
+/* Grey, or YCbCr at 4:4:4, 4:2:2, 4:4:0 or 4:2:0, of the size the caller has checked against its limits. */
 static int is_plain(const struct jpeg_decompress_struct *info, const Job *job) {
     const jpeg_component_info *c = info->comp_info;
     if (info->image_width != job->width || info->image_height != job->height || info->data_precision != 8) return 0;
@@ -76,7 +84,7 @@ static int is_plain(const struct jpeg_decompress_struct *info, const Job *job) {
     if (info->num_components != 3 || info->jpeg_color_space != JCS_YCbCr) return 0;
     for (int i = 1; i < 3; i++)
         if (c[i].h_samp_factor != 1 || c[i].v_samp_factor != 1) return 0;
-    return c[0].h_samp_factor <= 2 && c[0].v_samp_factor <= c[0].h_samp_factor;
+    return c[0].h_samp_factor <= 2 && c[0].v_samp_factor <= 2;
 }
 
 /* Whether every coefficient has all its bits: otherwise libjpeg smooths over blocks, by neighbours that are not decoded here. */
@@ -145,7 +153,7 @@ static int skip_and_read(struct jpeg_decompress_struct *info, Job *job) {
     info->out_color_space = JCS_RGB;
     info->dct_method = JDCT_ISLOW;
     if (!jpeg.start(info) || !is_complete(info)) return 0;
-    /* A file of several scans was read to its end by now, without a warning. */
+    /* Of a file of several scans every one was read by now, to the end of the image. */
     return (jpeg.several_scans(info) || ends_well(info, job)) && read_bands(info, job);
 }
 

@@ -2,14 +2,16 @@
 
 CoDE looks at 224 pixels of a photograph's 4,000. Rows and columns nobody asks for are entropy-decoded at most, and rows below the
 last crop not even that. Of a baseline file the blocks of a crop are first copied into a small JPEG (`engine/_jpeg_crop.c`, a
-lossless crop that walks through entropy-coded data faster than libjpeg does); of others libjpeg-turbo skips the rest by itself.
+lossless crop that walks through entropy-coded data faster than libjpeg does); of others libjpeg-turbo skips the rest by itself, a
+progressive one by a header that claims to end below its last crop: every scan of it is then read as far as that, and no further.
 The pixels are libjpeg-turbo's in both cases (`engine/_jpeg_region.c`), in the copy that Pillow's wheel carries. Both files are
 compiled where the project is installed with a C compiler and libjpeg-turbo's headers at hand; their absence costs time only.
 
 Pillow's full decode decides what an image is and what counts as damaged. A file comes this way only where both must say the
-same: a header of known segments; 8-bit grey or YCbCr at 4:4:4, 4:2:2 or 4:2:0, baseline or complete progressive; not one warning
-of libjpeg on the way; and an entropy-coded segment that ends in an end-of-image marker, all restart markers in place, which is
-what a full decode needs in order not to run out of data. Before the first use the two are compared on some small pictures.
+same: a header of known segments; 8-bit grey or YCbCr at 4:4:4, 4:2:2, 4:4:0 or 4:2:0, baseline or complete progressive; not one
+warning of libjpeg on the way; and an end-of-image marker behind the last scan, in a file of one scan with all restart markers in
+place, which is what a full decode needs in order not to run out of data. Before the first use the two are compared on some small
+pictures.
 """
 
 from __future__ import annotations
@@ -58,6 +60,10 @@ class Header(NamedTuple):
     width: int
     """Stored, before orientation."""
     height: int
+    height_at: int
+    """Offset of its two bytes."""
+    mcu_rows: int
+    """8, or 16 where rows of chroma are fewer."""
     orientation: int
     scan: int
     """Offset of the first entropy-coded byte."""
@@ -86,7 +92,10 @@ def header(data: bytes) -> Header | None:
     height, width = (int.from_bytes(data[frame.start + at : frame.start + at + 2], "big") for at in (1, 3))
     if not width or not height:
         return None
-    return Header(width, height, tiff_tags.jpeg_orientation(data, segments), scan.end, frame.name == _PROGRESSIVE)
+    samplings = data[frame.start + 7 : frame.end : 3]
+    mcu_rows = 8 if all(sampling & 15 == 1 for sampling in samplings) else 16
+    orientation = tiff_tags.jpeg_orientation(data, segments)
+    return Header(width, height, frame.start + 1, mcu_rows, orientation, scan.end, frame.name == _PROGRESSIVE)
 
 
 def _is_known(data: bytes, segment: Part) -> bool:
@@ -118,7 +127,7 @@ def read_crops(data: bytes, limits: Limits, layout: preprocess.Layout) -> Cut | 
         parts = _regions(data, found, boxes)
     if parts is None:
         return None
-    cut = {region: _turn(part, found.orientation) for region, part in zip(wanted, parts, strict=True)}
+    cut = {region: turn(part, found.orientation) for region, part in zip(wanted, parts, strict=True)}
     return Cut(preprocess.crops_of(lambda *region: cut[region], height, width, layout), width, height)
 
 
@@ -147,7 +156,11 @@ def _regions(data: bytes, found: Header, boxes: Sequence[_Box]) -> list[NDArray[
         return None
     left, right = min(box[0] for box in boxes), max(box[2] for box in boxes)
     rows = _union((box[1], box[3]) for box in boxes)
-    parts = _decode(data, found.scan, found.width, found.height, left, right, rows)
+    height = found.height
+    if found.progressive and (lowest := _lowest(rows[-1][1], found.mcu_rows)) < height:
+        data = b"".join((data[: found.height_at], lowest.to_bytes(2, "big"), memoryview(data)[found.height_at + 2 :]))
+        height = lowest
+    parts = _decode(data, found.scan, found.width, height, left, right, rows)
     if parts is None:
         return None
     bands = [
@@ -155,6 +168,16 @@ def _regions(data: bytes, found: Header, boxes: Sequence[_Box]) -> list[NDArray[
         for part, (top, bottom) in zip(parts, rows, strict=True)
     ]
     return [_part(bands, box) for box in boxes]
+
+
+def _lowest(bottom: int, mcu_rows: int) -> int:
+    """How many rows a progressive file must have for those above `bottom` to come out as they are.
+
+    Whole MCUs, with the two rows beyond that upsampling looks at where it does. What a scan holds of rows below is passed over on
+    the way to the next marker, and a full decode looks beyond no marker either: both find the same scans and the same end.
+    """
+    beyond = 2 if mcu_rows > 8 else 0
+    return -(-(bottom + beyond) // mcu_rows) * mcu_rows
 
 
 def _union(intervals: Any) -> tuple[tuple[int, int], ...]:
@@ -174,7 +197,7 @@ def _part(bands: list[_Band], box: _Box) -> NDArray[np.uint8]:
     return band.pixels[top - band.top : bottom - band.top, left - band.left : right - band.left]
 
 
-def _turn(stored: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def turn(stored: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Stored pixels as a viewer shows them."""
     turned: NDArray[np.uint8] = stored.transpose(1, 0, 2) if orientation >= 5 else stored
     if orientation in (3, 4, 7, 8):
@@ -194,11 +217,11 @@ def library() -> str | None:
     """Path or name of the libjpeg-turbo in use; None where there is none that agrees with Pillow."""
     if _decode is None:
         return None
-    samples = _samples()
+    pictures = samples()
     for path in _candidates():
         with contextlib.suppress(OSError):
             _use(path)
-            if all(_agrees(picture) for picture in samples):
+            if all(_agrees(picture) for picture in pictures):
                 return path
     return None
 
@@ -211,7 +234,7 @@ def _candidates() -> Iterator[str]:
         yield system
 
 
-def _samples() -> list[bytes]:
+def samples() -> list[bytes]:
     """Small JPEGs of every kind that comes this way."""
     noise = np.random.default_rng(0).integers(0, 256, (14, 18, 3), dtype=np.uint8)
     picture = PIL.Image.fromarray(noise).resize((130, 102), PIL.Image.Resampling.BICUBIC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -94,6 +95,91 @@ def test_crops_are_those_of_the_full_decode_bit_for_bit(
         assert cut(data, layout) == whole(data, layout)
 
 
+def as_440(data: bytes) -> bytes:
+    """A 4:4:0 file of one that is square, of 16-pixel units and 4:2:2: it has as many blocks, and other contents."""
+    at = data.index(b"\x03\x01\x21\x00") + 2
+    return data[:at] + b"\x12" + data[at + 1 :]
+
+
+def rectangle(width: int, height: int, corners: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    left, top = corners[0] % width, corners[1] % height
+    return left, top, left + 1 + corners[2] % (width - left), top + 1 + corners[3] % (height - top)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    corners=st.tuples(*[st.integers(0, 299)] * 4),
+    subsampling=st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+    options=st.sampled_from([{}, {"restart_marker_blocks": 7}, {"restart_marker_rows": 2}]),
+    quality=st.sampled_from([1, 40, 92, 100]),
+    mode=st.sampled_from(["RGB", "L"]),
+)
+def test_any_rectangle_of_a_progressive_file(
+    size: tuple[int, int],
+    corners: tuple[int, int, int, int],
+    subsampling: str,
+    options: dict[str, object],
+    quality: int,
+    mode: str,
+) -> None:
+    box = left, top, right, bottom = rectangle(*size, corners)
+    data = encode(picture(*size, mode=mode), subsampling=subsampling, quality=quality, progressive=True, **options)
+    found = jpeg_region.header(data)
+    assert found is not None
+    assert jpeg_region.usable()
+    parts = jpeg_region._regions(data, found, [box])
+    assert parts is not None
+    assert np.array_equal(parts[0], np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))[top:bottom, left:right])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+@pytest.mark.parametrize("pieces_from", [0, 10**9])
+def test_chroma_halved_in_height_alone(options: dict[str, object], pieces_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a lossless turn by a quarter makes of 4:2:2."""
+    monkeypatch.setattr(jpeg_region, "_PIECES_FROM_PIXELS", pieces_from)
+    for side in (16, 240, 512):
+        data = as_440(encode(picture(side, side), subsampling="4:2:2", quality=90, **options))
+        assert quick(data)
+        for layout in LAYOUTS:
+            assert cut(data, layout) == whole(data, layout)
+
+
+def scans(data: bytes) -> list[int]:
+    """Where the scans of a file without restart markers begin: their headers."""
+    return [match.start() for match in re.finditer(b"\xff\xda", data)]
+
+
+def scan_ends(data: bytes) -> list[int]:
+    """Where they end: the marker behind each."""
+    found = (re.compile(rb"\xff[^\x00]", re.DOTALL).search(data, at + 2) for at in scans(data))
+    return [match.start() for match in found if match is not None]
+
+
+def test_what_a_progressive_file_holds_below_the_crop_is_passed_over() -> None:
+    data = encode(picture(800, 800), progressive=True, quality=60)
+    changed_files = 0
+    for end in scan_ends(data):
+        at = end - 3  # among the lowest rows
+        if b"\xff" in data[at - 1 : at + 2]:
+            continue
+        for changed in (b"\x00", b"\x55\x55\x55", b""):
+            damaged = data[:at] + changed + data[at + 1 :]
+            assert quick(damaged)
+            assert cut(damaged, "center") == whole(damaged, "center")
+            changed_files += 1
+    assert changed_files > 9
+
+
+def test_a_marker_among_the_rows_below_the_crop_ends_the_scan_for_both() -> None:
+    data = encode(picture(800, 800), progressive=True, quality=60)
+    for end in scan_ends(data):
+        for marker in (b"\xff\xd9", b"\xff\xd3", b"\xff\x02", b"\xff\xff", b"\xff\xfe\x00\x04ab", b"\xff\xda"):
+            at = end - 9
+            for damaged in (data[:at] + marker + data[at:], data[:at] + marker + data[end:], data[:at] + marker):
+                assert cut(damaged, "center") == whole(damaged, "center")
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
@@ -110,8 +196,7 @@ def test_any_rectangle_by_way_of_a_small_file(
     quality: int,
 ) -> None:
     width, height = size
-    left, top = corners[0] % width, corners[1] % height
-    box = (left, top, left + 1 + corners[2] % (width - left), top + 1 + corners[3] % (height - top))
+    box = rectangle(width, height, corners)
     data = encode(picture(width, height), subsampling=subsampling, quality=quality, **options)
     found = jpeg_region.header(data)
     assert found is not None
@@ -179,8 +264,7 @@ def test_other_kinds_are_left_to_the_full_decode(data: bytes) -> None:
 def test_an_incomplete_progressive_file_is_left_to_the_full_decode() -> None:
     """Its blocks are smoothed by neighbours that a region does not have."""
     data = encode(picture(640, 640), progressive=True)
-    scans = [at for at in range(len(data)) if data.startswith(b"\xff\xda", at)]
-    shortened = data[: scans[3]] + b"\xff\xd9"
+    shortened = data[: scans(data)[3]] + b"\xff\xd9"
     assert not quick(shortened)
     assert cut(shortened, "five") == whole(shortened, "five")
 
