@@ -2,7 +2,7 @@
 
 `pillow` is what one writes without this project: open, convert to RGB, crop the middle. `whole` is this project's reader with the
 region decoder switched off. Figures are the best of several rounds, each in milliseconds of this process's CPU time: what a
-busy machine adds is left out.
+busy machine adds is left out. Where nvImageCodec finds a GPU it is measured as well, by wall-clock time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from PIL import Image
 
 from benchmarks import record
 from engine import images, jpeg_region
+from engine.jpeg_gpu import GpuDecoderUnavailable, GpuJpegDecoder
 from engine.preprocess import CROP_PX
 
 LIMITS = images.Limits(max_pixels=64_000_000)
@@ -91,10 +92,35 @@ def compare(data: bytes, rounds: int) -> dict[str, Any]:
     }
 
 
+def gpu() -> dict[str, Any]:
+    """The GPU's decoder, where there is one: images a second of wall-clock time by batch size, and how far off it is."""
+    try:
+        decoder = GpuJpegDecoder()
+    except GpuDecoderUnavailable as error:
+        return {"gpu": f"not measured: {error}"}
+    figures: dict[str, Any] = {"gpu": f"nvImageCodec {decoder.version}"}
+    for name, size, options, rounds in KINDS:
+        data = jpeg(size, options)
+        crop = None if "progressive" in options else decoder.read_crops(data, LIMITS)
+        if crop is None:
+            continue
+        figures[f"{name}, gpu"] = {"most_difference": int(np.abs(crop.crops[0].astype(int) - region(data)).max())}
+        for batch_size in (1, 8, 32):
+            batch = [data] * batch_size
+            best_s = float("inf")
+            for _ in range(max(3, rounds // batch_size)):
+                started = time.perf_counter()
+                decoder.read_many(batch, LIMITS)
+                best_s = min(best_s, time.perf_counter() - started)
+            figures[f"{name}, gpu"][f"images_per_s_at_{batch_size}"] = batch_size / best_s
+    return figures
+
+
 def main() -> dict[str, Any]:
     """Run and write the result file."""
     figures: dict[str, Any] = {"library": (jpeg_region.library() or "none").rpartition("/")[2]}
     for name, size, options, rounds in KINDS:
         figures[name] = compare(jpeg(size, options), rounds)
+    figures |= gpu()
     record.write("decode", figures)
     return figures

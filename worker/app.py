@@ -32,7 +32,7 @@ from worker.signals import ending_on_signals
 from worker.stages.cache import ScoreCache
 from worker.stages.circuit import DeadLetterCircuit
 from worker.stages.consume import Consumer, ConsumerObserver
-from worker.stages.decode import Decoder
+from worker.stages.decode_gpu import open_decoder
 from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
 from worker.stages.publish import Publisher
@@ -177,7 +177,7 @@ class App:
         budget = Budget(settings.kafka.max_in_flight, settings.kafka.max_in_flight_bytes, settings.fetch.max_bytes)
         cache = ScoreCache(settings.cache, self._metrics, clock)
         fetcher = Fetcher(settings.fetch, clock)
-        decoder = Decoder(settings.decode, settings.engine.crops, self._decoder_restarted)
+        decoder = open_decoder(settings.decode, settings.engine.crops, self._decoder_restarted)
         self._publisher = self._open_publisher(ledger)
         stack.callback(lambda: self._publisher.close(Deadline(0.0)))
         self._consumer = Consumer(settings.kafka, ledger, self._group, clock=clock)

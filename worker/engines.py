@@ -118,10 +118,14 @@ class EngineLoader:
             log.warning("engine.thresholds_of_other_crops", crops=detector.crops, thresholds=sorted(foreign))
         reference = detector.bundle.manifest.reference
         drift = None if reference is None else DriftMonitor(reference, self._metrics)
-        return engine_of(detector, settings.decode.max_frames, drift)
+        return engine_of(detector, settings.decode.max_frames, drift, gpu_decode=settings.decode.gpu)
 
 
-def engine_of(detector: Detector, max_frames: int, drift: DriftMonitor | None = None) -> Engine:
-    """The engine record of a detector: its name in verdicts, its part of the cache's key, and who watches its outputs."""
+def engine_of(detector: Detector, max_frames: int, drift: DriftMonitor | None = None, *, gpu_decode: bool = False) -> Engine:
+    """The engine record of a detector: its name in verdicts, its part of the cache's key, and who watches its outputs.
+
+    `gpu_decode`: pixels may come from a GPU's decoder, so their scores are kept apart from those of workers without one.
+    """
     model = ModelRef(detector.name, detector.version, detector.head, detector.backend_name, detector.device)
-    return Engine(detector, model, f"{detector.cache_scope}:{max_frames}", drift)
+    scope = f"{detector.cache_scope}:{max_frames}" + (":nvimgcodec" if gpu_decode else "")
+    return Engine(detector, model, scope, drift)

@@ -249,12 +249,25 @@ def decoding() -> Finding:
     return Finding(OK, "decode", f"regions of JPEGs by {library.rpartition('/')[2]}")
 
 
+def gpu_decoding(settings: Settings) -> Finding:
+    """Whether nvImageCodec can be used, by a process that opens the device and checks it against Pillow."""
+    from worker.stages import decode_gpu
+
+    reason = decode_gpu.probe(settings.decode, settings.engine.crops)
+    if reason is None:
+        return Finding(OK, "decode", "baseline JPEGs by nvImageCodec on the GPU: near Pillow's pixels, not equal to them")
+    name = environment_name("decode", "gpu")
+    return Finding(NOTE, "decode", f"{name}=true, but JPEGs are decoded on the CPU: {reason}")
+
+
 def model(settings: Settings) -> Iterator[Finding]:
     """Policy, bundle and engine, as far as each lets the next be tried; yields as it goes, since an engine may compile."""
     from engine import bundle as bundles
     from worker.stages.policy import PolicyKeeper
 
     yield decoding()
+    if settings.decode.gpu:
+        yield gpu_decoding(settings)
     policy = None
     try:
         policy = PolicyKeeper(settings.policy, Metrics())

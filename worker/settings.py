@@ -166,6 +166,10 @@ class DecodeSettings(_Group):
     timeout_s: float = Field(10.0, gt=0, description="longest time to decode one image")
     processes: int = Field(2, ge=0, description="decoder processes; 0: in threads, for trusted images only")
     max_memory_bytes: int = Field(1536 * 2**20, ge=2**27, description="address space of a decoder process above its start")
+    gpu: bool = Field(
+        False,
+        description="baseline JPEGs by nvImageCodec in a process with a GPU (extra `gpu-decode`); moves scores slightly",
+    )
 
 
 class PolicySettings(_Group):

@@ -1,6 +1,7 @@
 # Serving on NVIDIA GPUs: TensorRT, no torch.   docker build -f deploy/docker/tensorrt.Dockerfile -t code-worker-tensorrt:0.1.0 .
 # FLAVOUR tensorrt: its libraries come from NVIDIA's package index while this is built (pip is sent there by the package itself).
 # FLAVOUR tensorrt-rtx: everything from PyPI, for GeForce and RTX GPUs (compute capability 7.5 to 12.0, but 9.0).
+# FLAVOUR tensorrt,gpu-decode (or tensorrt-rtx,gpu-decode): with nvImageCodec for WORKER_DECODE__GPU.
 # The driver is the node's: NVIDIA's container toolkit mounts it.
 # The base is pinned by tag; whoever builds for production pins its digest: --build-arg PYTHON=python:3.11.13-slim-bookworm@sha256:…
 ARG PYTHON=python:3.11.13-slim-bookworm

@@ -10,7 +10,7 @@ from kafka import errors as kafka_errors
 
 from tests.engine.bundles import random_bundle
 from worker import kafka_transactions, probes
-from worker.settings import EngineSettings, KafkaSettings, PolicySettings, Settings
+from worker.settings import DecodeSettings, EngineSettings, KafkaSettings, PolicySettings, Settings
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,23 @@ def test_a_damaged_bundle_is_named(folder: Path, tmp_path: Path) -> None:
 def test_how_jpegs_are_decoded_is_told(monkeypatch: pytest.MonkeyPatch, library: str | None, level: str, words: str) -> None:
     monkeypatch.setattr("engine.jpeg_region.library", lambda: library)
     finding = probes.decoding()
+    assert (finding.level, finding.subject) == (level, "decode")
+    assert words in finding.message
+
+
+@pytest.mark.parametrize(
+    ("reason", "level", "words"),
+    [
+        (None, "ok", "by nvImageCodec on the GPU"),
+        ("no driver", "note", "WORKER_DECODE__GPU=true, but JPEGs are decoded on the CPU: no"),
+    ],
+)
+def test_whether_the_gpu_decodes_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str | None, level: str, words: str
+) -> None:
+    monkeypatch.setattr("worker.stages.decode_gpu.probe", lambda *_: reason)
+    settings = Settings(engine=EngineSettings(bundle=tmp_path), decode=DecodeSettings(gpu=True))
+    finding = list(probes.model(settings))[1]
     assert (finding.level, finding.subject) == (level, "decode")
     assert words in finding.message
 

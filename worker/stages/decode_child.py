@@ -42,6 +42,7 @@ _ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 26),
 }
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_CUDA_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES")
 _END_S = 0.5
 
 
@@ -52,11 +53,13 @@ class DecoderDied(Exception):  # noqa: N818 - a state of the child, caught by th
 class Child:
     """One decoder process and the socket to it.
 
+    `cuda`: it will hold a CUDA context, and gets the limits and variables that go with one.
+
     Raises:
         OSError: no process could be started.
     """
 
-    def __init__(self, settings: DecodeSettings, crops: Layout, function: str) -> None:
+    def __init__(self, settings: DecodeSettings, crops: Layout, function: str, *, cuda: bool = False) -> None:
         self._connection, theirs = socket.socketpair()
         self._lock = threading.Lock()
         self._exchanging = threading.Lock()
@@ -76,10 +79,11 @@ class Child:
                 "max_pixels": settings.max_pixels,
                 "max_frames": settings.max_frames,
                 "layout": crops,
-                "max_memory_bytes": settings.max_memory_bytes,
+                "max_memory_bytes": None if cuda else settings.max_memory_bytes,
                 "timeout_s": settings.timeout_s,
             }
-            kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+            names = _KEPT_VARIABLES + (_CUDA_VARIABLES if cuda else ())
+            kept = {name: os.environ[name] for name in names if name in os.environ}
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-c", _LAUNCHER, json.dumps(start)],

@@ -84,7 +84,8 @@ def main(start: dict[str, Any]) -> NoReturn:
 
     Args:
         start: `socket` and `memory` (file descriptors; the latter may be None), `parent` (process id), `function` (module:name
-            of a DecodeFunction), `max_pixels`, `max_frames`, `layout`, `max_memory_bytes`, `timeout_s`.
+            of a DecodeFunction), `max_pixels`, `max_frames`, `layout`, `max_memory_bytes` (None: holds a CUDA context, see
+            `_limit`), `timeout_s`.
     """
     connection = socket.socket(fileno=start["socket"])
     module, _, name = start["function"].partition(":")
@@ -182,14 +183,21 @@ def _detach(parent: int) -> None:
         os._exit(1)
 
 
-def _limit(max_memory_bytes: int) -> None:
-    """Bound what a taken-over or runaway decoder may take from the machine; memory counts from here on."""
+def _limit(max_memory_bytes: int | None) -> None:
+    """Bound what a taken-over or runaway decoder may take from the machine; memory counts from here on.
+
+    None: a process with a CUDA context, which reserves address space without end, opens a file a device and sizes shared memory
+    through files; of its limits that on processor time is left.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _lower(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
-    _lower(resource.RLIMIT_FSIZE, _MAX_OUTPUT_BYTES)  # of what codecs print to standard error, a file in memory
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # /proc may be hidden
             Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)  # out of memory, the kernel takes this one first
+    if max_memory_bytes is None:
+        return
+    _lower(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
+    _lower(resource.RLIMIT_FSIZE, _MAX_OUTPUT_BYTES)  # of what codecs print to standard error, a file in memory
+    if sys.platform == "linux":
         _lower(resource.RLIMIT_AS, _memory_bytes()[0] + max_memory_bytes)
 
 
