@@ -113,7 +113,7 @@ class Decoder:
         for attempt in range(1, ATTEMPTS + 1):
             child = self._ready(index)
             try:
-                return _decoded(fetched, *child.exchange(fetched.data, self._settings))
+                return decoded_of(fetched, *child.exchange(fetched.data, self._settings))
             except TimeoutError:
                 self._replace(index, fetched, "timeout", attempt)
                 raise ItemError(Code.DECODE_TIMEOUT, f"not decoded within {self._settings.timeout_s:g} s") from None
@@ -135,7 +135,7 @@ class Decoder:
             crops, found = decode_process.decode_image(fetched.data, self._limits, self._crops)
         except images.ImageError as error:
             raise ItemError(Code(decode_process.ERROR_CODES[type(error)]), str(error)) from error
-        return _decoded(fetched, decode_process.describe(crops, found), crops.crops)
+        return decoded_of(fetched, decode_process.describe(crops, found), crops.crops)
 
     def _ready(self, index: int) -> Child:
         """The child of `index`, started anew where it died idle or did not come up."""
@@ -196,7 +196,7 @@ class Decoder:
         self._spawn(index)
 
 
-def _decoded(fetched: Fetched, content: dict[str, Any], crops: NDArray[np.uint8]) -> Decoded:
+def decoded_of(fetched: Fetched, content: dict[str, Any], crops: NDArray[np.uint8]) -> Decoded:
     """A Decoded of a checked reply.
 
     Raises:

@@ -189,7 +189,7 @@ class GpuProcess:
         try:
             while (request := self._requests.get()) is not None:
                 try:
-                    request.decoded = decode._decoded(request.fetched, *child.exchange(request.fetched.data, self._settings))
+                    request.decoded = decode.decoded_of(request.fetched, *child.exchange(request.fetched.data, self._settings))
                     served += 1
                 except (ItemError, StaleItemError):
                     pass  # not its kind, or damaged: the safe decoder says so, or not
