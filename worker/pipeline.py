@@ -137,11 +137,12 @@ class Pipeline:
         than its digest.
         """
         inline: list[Fetched] = []
+        if records:
+            self._metrics.events_received.inc(len(records))
         for record in records:
             delivery = Delivery()
             if record.position.topic == self._settings.kafka.retry_topic:
                 record, delivery = open_retry(record)
-            self._metrics.events_received.inc()
             if delivery.not_before is not None and delivery.not_before > self._clock.time():
                 partition = (record.position.topic, record.position.partition)
                 self._stages.ledger.abandon(record.position)  # a revoke need not wait for what only waits itself
