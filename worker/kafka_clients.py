@@ -36,9 +36,11 @@ FETCH_WAIT_MS = 50
 partitions (the retry topic's) waits there, a busy partition whose data is used up waits with it (Kafka's default is 500)."""
 HEARTBEAT_MS = 1_000
 """A rebalance waits for every member's next heartbeat, so a short one keeps stalls short (Kafka's default is 3 s)."""
-LINGER_MS = 20
-"""How long a record waits for company. A request costs the client as much as a dozen records in it, and few come along within
-5 ms where every image is decoded. Transactions do not wait: they flush."""
+LINGER_MS = 5
+"""How long a record waits for company."""
+BUSY_LINGER_MS = 20
+"""The same while many events are in flight. A request costs the client as much as a dozen records in it, and few come along
+within 5 ms where every image is decoded; who waits behind hundreds of others does not miss the rest. Transactions flush."""
 MIN_BATCH_LIMIT_BYTES = 64 * 2**20
 """A batch may unpack to this, or to four of the largest records; one that would to more is a bomb, and unreadable."""
 FOREVER_MS = 2**31 - 1

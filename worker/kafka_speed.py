@@ -56,6 +56,13 @@ def fetch_ahead(consumer: Any) -> None:
         fetcher.send_fetches()
 
 
+def linger(producer: Any, milliseconds: int) -> None:
+    """From now on records wait so long for company: the client reads this option anew whenever it looks for what to send."""
+    options = getattr(getattr(producer, "_accumulator", None), "config", None)
+    if isinstance(options, dict) and "linger_ms" in options:
+        options["linger_ms"] = milliseconds
+
+
 def _is_known(owner: Any, name: str, used: set[str]) -> bool:
     code = getattr(getattr(owner, name, None), "__code__", None)
     return code is not None and used <= set(code.co_names)

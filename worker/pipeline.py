@@ -413,8 +413,10 @@ class Pipeline:
 
     def publish_loop(self) -> None:
         """Turn outcomes into records: policy, verdict, dead letter, retry; the broker's receipt ends the event."""
+        many = self._settings.kafka.max_in_flight // 2
         outcomes: list[Outcome]
         for outcomes in rounds(self._to_publish, PUBLISH_ROUND):
+            self._stages.publisher.many_in_flight(self._stages.budget.events >= many)
             for outcome in outcomes:
                 match outcome:
                     case Inferred():

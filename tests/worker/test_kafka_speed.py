@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kafka import errors
 from kafka.net import selector, transport
+from kafka.producer.record_accumulator import RecordAccumulator
 from kafka.protocol import frame
+from kafka.structs import TopicPartition
 
 from worker import kafka_speed
 
@@ -127,3 +129,14 @@ def test_more_is_asked_for_before_what_lies_here_is_handed_out(lies_here: bool, 
     kafka_speed.fetch_ahead(SimpleNamespace(_fetcher=fetcher))
     assert bool(asked) == asks
     kafka_speed.fetch_ahead(SimpleNamespace())  # another client: left alone
+
+
+def test_the_wait_for_company_is_an_option_that_the_client_reads_anew() -> None:
+    accumulator = RecordAccumulator(linger_ms=5, batch_size=1 << 20)
+    cluster = SimpleNamespace(leader_for_partition=lambda _: 0)
+    moment = time.monotonic()
+    accumulator.append(TopicPartition("t", 0), None, None, b"x", [], now=moment)
+    assert accumulator.ready(cluster, now=moment + 0.01)[0] == {0}
+    kafka_speed.linger(SimpleNamespace(_accumulator=accumulator), 20)
+    assert accumulator.ready(cluster, now=moment + 0.01)[0] == set()
+    kafka_speed.linger(SimpleNamespace(), 20)  # another client: left alone
