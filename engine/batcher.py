@@ -186,6 +186,7 @@ class Batcher(Generic[T]):
         engine: Callable[[], E],
         on_done: Callable[[T, NDArray[np.float32], BatchTiming[E]], None],
         on_error: Callable[[T, Exception], None],
+        on_told: Callable[[], None] = lambda: None,
     ) -> None:
         """Own the device: run batches in this thread until the batcher is closed.
 
@@ -196,6 +197,7 @@ class Batcher(Generic[T]):
             on_done: context, float32 [k, heads], timing. Called in this thread, as `on_error` is: quick, and never blocking
                 on `submit`. In order of arrival within a priority, except that failures may be told earlier.
             on_error: context and InferenceFailed (the item's fault) or DeadlineExpired.
+            on_told: a batch has landed, and everyone in it was told: for who hands results on together.
 
         Raises:
             BackendError: the device or engine failed, not an image. Nothing is called for the items it leaves in `unfinished`,
@@ -212,13 +214,16 @@ class Batcher(Generic[T]):
                 chosen = engine()
                 if current is not None and chosen is not current:
                     self._swap(flights, on_done, on_error)
+                    on_told()
                 current = chosen
                 departure = self._take(busy=len(flights) > 0)
                 more = departure is not None and flights.launch(departure, self._parts(departure), current)
                 if flights and not more:
                     self._deliver(flights, on_done, on_error)
+                    on_told()
             while flights:
                 self._deliver(flights, on_done, on_error)
+                on_told()
         finally:
             with self._lock:
                 self._running = False

@@ -160,6 +160,7 @@ class App:
             log.info(
                 "worker.ready", group=self._settings.kafka.group_id, port=server.port, model=self._pipeline.engine.model.version
             )
+            process_memory.keep_what_stands()
             self._work(health)
             return self._drain(health)
 
@@ -325,6 +326,7 @@ class App:
         def take_over(engine: Engine) -> None:
             policy.bind(engine.detector)
             self._pipeline.swap(engine)
+            process_memory.let_go()
 
         return take_over
 

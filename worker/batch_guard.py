@@ -159,7 +159,7 @@ class _Batch(_Guard):
         batch = self._batch
         payload: Any = memoryview(batch._buffer)[DefaultRecordBatch.HEADER_STRUCT.size :]
         if batch.compression_type:
-            payload = _unpack(batch.compression_type, bytes(payload), self._limit)
+            payload = _unpack(batch.compression_type, payload, self._limit)
         position = 0
         following = batch.base_offset
         for index in range(batch.records_count):
@@ -282,7 +282,7 @@ def _check_message_set(data: bytes, overhead: int) -> None:
         position += overhead + length
 
 
-def _unpack(codec: int, data: bytes, limit: int) -> bytes:
+def _unpack(codec: int, data: bytes | memoryview, limit: int) -> bytes:
     """Decompress at most `limit` bytes."""
     try:
         unpack = {1: _gunzip, 2: _unsnap, 3: _unlz4, 4: _unzstd}[codec]
@@ -308,7 +308,7 @@ class _Output:
         return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
 
 
-def _gunzip(data: bytes, limit: int) -> bytes:
+def _gunzip(data: bytes | memoryview, limit: int) -> bytes:
     output = _Output(limit)
     while data:
         member = zlib.decompressobj(wbits=31)
@@ -322,7 +322,7 @@ def _gunzip(data: bytes, limit: int) -> bytes:
     return output.join()
 
 
-def _unlz4(data: bytes, limit: int) -> bytes:
+def _unlz4(data: bytes | memoryview, limit: int) -> bytes:
     output = _Output(limit)
     while data:
         frame = lz4.frame.LZ4FrameDecompressor()
@@ -335,7 +335,7 @@ def _unlz4(data: bytes, limit: int) -> bytes:
     return output.join()
 
 
-def _unzstd(data: bytes, limit: int) -> bytes:
+def _unzstd(data: bytes | memoryview, limit: int) -> bytes:
     output = _Output(limit)
     with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True) as reader:
         while chunk := reader.read(CHUNK_BYTES):
@@ -343,8 +343,9 @@ def _unzstd(data: bytes, limit: int) -> bytes:
     return output.join()
 
 
-def _unsnap(data: bytes, limit: int) -> bytes:
+def _unsnap(packed: bytes | memoryview, limit: int) -> bytes:
     output = _Output(limit)
+    data = bytes(packed)
     if not data.startswith(XERIAL_MAGIC):
         output.add(_unsnap_block(data, limit))
         return output.join()

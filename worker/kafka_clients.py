@@ -36,6 +36,11 @@ FETCH_WAIT_MS = 50
 partitions (the retry topic's) waits there, a busy partition whose data is used up waits with it (Kafka's default is 500)."""
 HEARTBEAT_MS = 1_000
 """A rebalance waits for every member's next heartbeat, so a short one keeps stalls short (Kafka's default is 3 s)."""
+LINGER_MS = 5
+"""How long a record waits for company."""
+BUSY_LINGER_MS = 20
+"""The same while many events are in flight. A request costs the client as much as a dozen records in it, and few come along
+within 5 ms where every image is decoded; who waits behind hundreds of others does not miss the rest. Transactions flush."""
 MIN_BATCH_LIMIT_BYTES = 64 * 2**20
 """A batch may unpack to this, or to four of the largest records; one that would to more is a bomb, and unreadable."""
 FOREVER_MS = 2**31 - 1
@@ -110,7 +115,7 @@ def producer_options(settings: KafkaSettings) -> dict[str, Any]:
         "max_request_size": settings.max_record_bytes + RECORD_OVERHEAD_BYTES,
         "compression_type": None if settings.compression == "none" else settings.compression,
         "batch_size": 128 * 1024,
-        "linger_ms": 5,
+        "linger_ms": LINGER_MS,
         "allow_auto_create_topics": False,
         "metrics_enabled": False,
     }

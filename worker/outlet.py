@@ -52,7 +52,7 @@ class Outlet:
         if self.drop_if_stale(item.record):
             return
         self._circuit.succeeded()
-        verdict = contracts.build_verdict(
+        verdict = contracts.publish_scored(
             event=item.event,
             source=item.delivery.origin or item.record.position,
             model=scored.model,
@@ -94,7 +94,8 @@ class Outlet:
             timings=failed.timings,
             finished=self._clock.monotonic(),
         )
-        self._send_verdict(verdict, record, event, "failure", receipts, failed.timings)
+        published = contracts.publish(verdict, event.traceparent)
+        self._send_verdict(published, record, event, "failure", receipts, failed.timings)
 
     def postponed(self, postponed: Postponed) -> None:
         """The retry record, to be tried again after its delay."""
@@ -112,14 +113,14 @@ class Outlet:
         self._publisher.retry(record, item.delivery, postponed.delay_s, code, acknowledged, receipts)
 
     def _send_verdict(
-        self, verdict: contracts.Verdict, record: Record, event: Event, source: str, receipts: Receipts, timings: Timings | None
+        self, verdict: contracts.Published, record: Record, event: Event, source: str, receipts: Receipts, timings: Timings | None
     ) -> None:
         sent = self._clock.monotonic()
         outcome: Attributes = {
             "code.outcome": source,
             "code.label": verdict.label,
             "code.action": verdict.action,
-            "code.model.version": verdict.model.version,
+            "code.model.version": verdict.model_version,
         }
         uploaded_at = event.uploaded_at if event.uploaded_at is not None else record.timestamp_ms / 1000
 
@@ -129,8 +130,7 @@ class Outlet:
             self._trace(record, event, timings, sent, outcome, verdict.reason)
             receipts()
 
-        headers = contracts.verdict_headers(verdict, event.traceparent)
-        self._publisher.verdict(verdict.to_json(), event.event_id, headers, acknowledged, receipts)
+        self._publisher.verdict(verdict.body, event.event_id, verdict.headers, acknowledged, receipts)
 
     def _trace(
         self, record: Record, event: Event, timings: Timings | None, sent: float, outcome: Attributes, error: str | None

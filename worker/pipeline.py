@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import structlog
@@ -36,8 +35,10 @@ from worker.ledger import Ledger, Partition
 from worker.metrics import Metrics
 from worker.outcomes import Delayed, Engine, Failed, Flight, Inferred, Outcome, Postponed, Waiting
 from worker.outlet import Outlet
+from worker.rounds import rounds
 from worker.settings import Settings
 from worker.stages.cache import CachedScore, ScoreCache
+from worker.stages.cache_writes import CacheWrites
 from worker.stages.circuit import DeadLetterCircuit
 from worker.stages.consume import UnreadableRecord
 from worker.stages.decode import Decoder
@@ -101,7 +102,8 @@ class Pipeline:
         self._to_fetch: Lanes[Item] = Lanes(levels)
         self._to_cache: queue.SimpleQueue[list[Fetched] | Fetched | CachedScore | None] = queue.SimpleQueue()
         self._to_decode: Lanes[tuple[Fetched, Flight]] = Lanes(levels)
-        self._to_publish: queue.SimpleQueue[list[Scored] | Outcome | None] = queue.SimpleQueue()
+        self._to_publish: queue.SimpleQueue[list[Scored] | list[Inferred] | Outcome | None] = queue.SimpleQueue()
+        self._batch: list[Inferred] = []  # of the batch being told, in the engine thread
         self._outlet = Outlet(
             stages.ledger, stages.budget, stages.policy, stages.publisher, stages.circuit, metrics, clock, self._tracer, on_room
         )
@@ -135,11 +137,12 @@ class Pipeline:
         than its digest.
         """
         inline: list[Fetched] = []
+        if records:
+            self._metrics.events_received.inc(len(records))
         for record in records:
             delivery = Delivery()
             if record.position.topic == self._settings.kafka.retry_topic:
                 record, delivery = open_retry(record)
-            self._metrics.events_received.inc()
             if delivery.not_before is not None and delivery.not_before > self._clock.time():
                 partition = (record.position.topic, record.position.partition)
                 self._stages.ledger.abandon(record.position)  # a revoke need not wait for what only waits itself
@@ -299,8 +302,13 @@ class Pipeline:
 
     def cache_loop(self) -> None:
         """Ask and fill the cache, several digests a round trip; send identical images to the one already in flight."""
+        writes = CacheWrites(self._stages.cache, self._clock)
         entries: list[Fetched | CachedScore]
-        for entries in _rounds(self._to_cache, CACHE_ROUND):
+        for entries in rounds(self._to_cache, CACHE_ROUND, writes.patience):
+            if not entries:
+                writes.write()
+                continue
+            writes.add(entry for entry in entries if isinstance(entry, CachedScore))
             engine = self._engine
             asking: list[Fetched] = []
             released_bytes = 0
@@ -311,8 +319,10 @@ class Pipeline:
                     released_bytes += len(entry.data)
                 else:
                     asking.append(entry)
+            digests = [fetched.sha256 for fetched in asking]
+            writes.before(engine.scope, digests)
             started = self._clock.monotonic()
-            found = self._stages.cache.get_many(engine.scope, [fetched.sha256 for fetched in asking])
+            found = self._stages.cache.get_many(engine.scope, digests)
             ended = self._clock.monotonic()
             hits: list[Scored] = []
             for fetched in asking:
@@ -327,7 +337,7 @@ class Pipeline:
                 self._to_publish.put(hits)
             if released_bytes:
                 self._stages.budget.release(released_bytes)
-            self._stages.cache.put_many([entry for entry in entries if isinstance(entry, CachedScore)])
+        writes.write()
 
     def _take_off(self, fetched: Fetched, flight: Flight) -> None:
         if self._flights.lead(flight, fetched.item):
@@ -376,7 +386,7 @@ class Pipeline:
             DependencyError: the device failed; no image is blamed for it, nothing in flight is committed.
         """
         try:
-            self._stages.batcher.run(lambda: self._engine, self._inferred, self._engine_failed)
+            self._stages.batcher.run(lambda: self._engine, self._inferred, self._engine_failed, self._batch_told)
         except BackendError as error:
             raise DependencyError(f"the device failed: {error}") from error
 
@@ -387,7 +397,12 @@ class Pipeline:
         waiting.item.timings.span("infer", left, ended)
         waiting.item.timings.queue = timing.queue_s * 1000
         waiting.item.timings.infer = timing.infer_s * 1000
-        self._to_publish.put(Inferred(waiting, probabilities, timing.engine))
+        self._batch.append(Inferred(waiting, probabilities, timing.engine))
+
+    def _batch_told(self) -> None:
+        if self._batch:
+            self._to_publish.put(self._batch)
+            self._batch = []
 
     def _engine_failed(self, waiting: Waiting, error: Exception) -> None:
         log.warning("engine.item_failed", event_id=waiting.item.event.event_id, error=str(error))
@@ -398,8 +413,10 @@ class Pipeline:
 
     def publish_loop(self) -> None:
         """Turn outcomes into records: policy, verdict, dead letter, retry; the broker's receipt ends the event."""
+        many = self._settings.kafka.max_in_flight // 2
         outcomes: list[Outcome]
-        for outcomes in _rounds(self._to_publish, PUBLISH_ROUND):
+        for outcomes in rounds(self._to_publish, PUBLISH_ROUND):
+            self._stages.publisher.many_in_flight(self._stages.budget.events >= many)
             for outcome in outcomes:
                 match outcome:
                     case Inferred():
@@ -434,25 +451,3 @@ def _attempted(error: ItemError) -> bool:
 
 def _failed(item: Item, error: ItemError, sha256: str | None = None) -> Failed:
     return Failed(item.record, item.delivery, error, item.event, item.timings, sha256)
-
-
-def _rounds(source: queue.SimpleQueue[Any], at_most: int) -> Iterator[list[Any]]:
-    """What stands in the queue, in lists: waits for the first entry, takes the rest at once until there are `at_most`.
-
-    An entry that is a list counts as what is in it, and is not divided. Ends at None.
-    """
-    while True:
-        entry = source.get()
-        entries: list[Any] = []
-        while entry is not None:
-            if isinstance(entry, list):
-                entries += entry
-            else:
-                entries.append(entry)
-            if len(entries) >= at_most or source.empty():
-                break
-            entry = source.get()
-        if entries:
-            yield entries
-        if entry is None:
-            return

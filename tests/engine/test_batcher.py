@@ -600,3 +600,12 @@ def test_the_batch_behind_one_under_way_is_put_together_late() -> None:
     steady = sorted(engine.ahead[8:-1])
     assert engine.most_under_way == 2
     assert steady[len(steady) // 2] < 0.03, "made ready long before the device was"
+
+
+def test_who_hands_results_on_together_hears_of_the_end_of_each_batch() -> None:
+    batcher, order = make(max_batch_size=2, max_queue_delay_microseconds=0), []
+    for value in range(4):
+        batcher.submit(crops(value), 0, value)
+    batcher.close()
+    batcher.run(always(Echo()), lambda context, *_: order.append(context), lambda *_: None, lambda: order.append("told"))
+    assert order == [0, 1, "told", 2, 3, "told"]

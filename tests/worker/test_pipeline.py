@@ -91,6 +91,9 @@ class Publisher:
         self.withheld: list[Callable[[], None]] = []
         self.mute = False
 
+    def many_in_flight(self, many: bool) -> None:
+        """Nothing waits for company here."""
+
     def verdict(self, body: bytes, event_id: str, headers: Any, on_receipt: Callable[[], None], receipts: Any = None) -> None:
         self.verdicts.append(json.loads(body))
         self._acknowledge(on_receipt)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -114,9 +116,24 @@ class Verdict(_Part):
         return self.__pydantic_serializer__.to_json(self)
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A verdict as it goes to Kafka, and what its receipt is counted by."""
+
+    body: bytes
+    headers: list[tuple[str, bytes]]
+    label: str
+    action: str
+    model_version: str
+    reason: Code | None
+
+
 def verdict_id(event_id: str, model_version: str) -> str:
-    """UUIDv5 in `VERDICT_NAMESPACE` of the event id, a NUL and the model version, in UTF-8."""
-    return str(uuid.uuid5(VERDICT_NAMESPACE, f"{event_id}\0{model_version}"))
+    """UUIDv5 in `VERDICT_NAMESPACE` of the event id, a NUL and the model version, in UTF-8; the standard library takes 7 us."""
+    name = VERDICT_NAMESPACE.bytes + f"{event_id}\0{model_version}".encode()
+    digits = hashlib.sha1(name, usedforsecurity=False).hexdigest()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-5{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
 
 
 def rfc3339(posix_s: float) -> str:
@@ -175,25 +192,89 @@ def build_verdict(
     return Verdict(**values)  # the parts as plain dictionaries: one call of the validator makes them all
 
 
+def publish_scored(
+    *,
+    event: Event,
+    source: Position,
+    model: ModelRef,
+    decision: Decision,
+    processed_at: float,
+    scores: Scores,
+    image: ImageInfo,
+    cache_hit: bool,
+    timings: Timings,
+    finished: float,
+) -> Published:
+    """The same bytes as those of `build_verdict`, without the model's checks: for most events, whose values are all our own.
+
+    Arguments as there.
+    """
+    identity, time = verdict_id(event.event_id, model.version), rfc3339(processed_at)
+    policy: dict[str, Any] = {"name": decision.policy, "version": decision.version}
+    if decision.shadow is not None:
+        policy["shadow"] = decision.shadow
+    body = to_json(
+        {
+            "specversion": "code-verdict/1",
+            "verdict_id": identity,
+            "event_id": event.event_id,
+            "tenant": event.tenant,
+            "item": event.item,
+            "attributes": event.attributes,
+            "label": decision.label,
+            "score": scores.heads[model.head],
+            "uncertain": decision.uncertain,
+            "action": decision.action,
+            "policy": policy,
+            "reason": None,
+            "model": _model_values(model),
+            "image": _image(image, None),
+            "evidence": _evidence(scores, image),
+            "cache": "hit" if cache_hit else "miss",
+            "timings_ms": _timings(timings, finished),
+            "source": {"topic": source.topic, "partition": source.partition, "offset": source.offset},
+            "processed_at": time,
+        },
+        inf_nan_mode="null",
+    )
+    headers = _headers(identity, event.event_id, time, event.traceparent)
+    return Published(body, headers, decision.label, decision.action, model.version, None)
+
+
+def publish(verdict: Verdict, traceparent: str | None = None) -> Published:
+    """A verdict with the headers of its record."""
+    headers = verdict_headers(verdict, traceparent)
+    return Published(verdict.to_json(), headers, verdict.label, verdict.action, verdict.model.version, verdict.reason)
+
+
 def verdict_headers(verdict: Verdict, traceparent: str | None = None) -> list[tuple[str, bytes]]:
     """Headers of the Kafka record: CloudEvents binary mode, and the upload event's trace context."""
-    headers = {
-        "content-type": "application/json",
-        "ce_specversion": "1.0",
-        "ce_id": verdict.verdict_id,
-        "ce_type": CE_TYPE,
-        "ce_source": CE_SOURCE,
-        "ce_subject": verdict.event_id,
-        "ce_time": verdict.processed_at,
-    }
+    return _headers(verdict.verdict_id, verdict.event_id, verdict.processed_at, traceparent)
+
+
+def _headers(identity: str, event_id: str, time: str, traceparent: str | None) -> list[tuple[str, bytes]]:
+    headers = [
+        ("content-type", b"application/json"),
+        ("ce_specversion", b"1.0"),
+        ("ce_id", identity.encode()),
+        ("ce_type", CE_TYPE.encode()),
+        ("ce_source", CE_SOURCE.encode()),
+        ("ce_subject", event_id.encode()),
+        ("ce_time", time.encode()),
+    ]
     if traceparent is not None:
-        headers["traceparent"] = traceparent
-    return [(name, value.encode()) for name, value in headers.items()]
+        headers.append(("traceparent", traceparent.encode()))
+    return headers
 
 
 @functools.lru_cache(64)
 def _model(model: ModelRef) -> Model:
     return Model(name=model.name, version=model.version, head=model.head, backend=model.backend, device=model.device)
+
+
+@functools.lru_cache(64)
+def _model_values(model: ModelRef) -> dict[str, str]:
+    return _model(model).model_dump()
 
 
 @functools.lru_cache(64)

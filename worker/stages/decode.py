@@ -36,7 +36,7 @@ from worker.errors import Code, DependencyError, ItemError, StaleItemError
 from worker.items import Decoded, Fetched, ImageInfo
 from worker.settings import DecodeSettings
 from worker.stages import decode_process, provenance
-from worker.stages.decode_child import MAX_CROPS_PER_FRAME, Child, DecoderDied
+from worker.stages.decode_child import MAX_CROPS_PER_FRAME, Child, DecoderDied, DecoderGone
 
 DECODE_FUNCTION = "worker.stages.decode_process:decode_image"
 ATTEMPTS = 2
@@ -110,16 +110,23 @@ class Decoder:
         if not self._children:
             return self._decode_here(fetched)
         problem = ""
-        for attempt in range(1, ATTEMPTS + 1):
+        attempt = starts = 1
+        while attempt <= ATTEMPTS:
             child = self._ready(index)
             try:
                 return decoded_of(fetched, *child.exchange(fetched.data, self._settings))
+            except DecoderGone:
+                starts += 1
+                if starts > START_ATTEMPTS:
+                    raise DependencyError(f"decoder processes do not stay: {child.end()}") from None
+                self._spawn(index)
             except TimeoutError:
                 self._replace(index, fetched, "timeout", attempt)
                 raise ItemError(Code.DECODE_TIMEOUT, f"not decoded within {self._settings.timeout_s:g} s") from None
             except DecoderDied as died:
                 problem = f"{died}; {child.end()}" if str(died) else child.end()
                 self._replace(index, fetched, "crashed", attempt, problem)
+                attempt += 1
         raise ItemError(Code.DECODE_CRASHED, f"the decoder process died {ATTEMPTS} times on this image: {problem}")
 
     def close(self, deadline: Deadline) -> None:
@@ -144,7 +151,7 @@ class Decoder:
             if attempt:
                 time.sleep(0.2 * attempt)
             child = self._children[index]
-            if child is None or not child.alive:
+            if child is None or not (child.is_ready or child.alive):  # one that is ready and gone shows it when it is asked
                 problem = self._spawn(index) or problem
                 child = self._children[index]
             if child is None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -50,6 +51,10 @@ class DecoderDied(Exception):  # noqa: N818 - a state of the child, caught by th
     """The child is gone, or what it sent is no reply."""
 
 
+class DecoderGone(DecoderDied):
+    """The child was gone before it was asked: no image did that."""
+
+
 class Child:
     """One decoder process and the socket to it.
 
@@ -64,6 +69,7 @@ class Child:
         self._lock = threading.Lock()
         self._exchanging = threading.Lock()
         self._output = _scratch()
+        self._timeout_s = settings.timeout_s
         self._buffer = memoryview(bytearray(REPLY.size + MAX_JSON_BYTES))
         most_crops = settings.max_frames * (MAX_CROPS_PER_FRAME if crops == "five" else 1)
         self._memory = SharedMemory.create(most_crops * _CROP_BYTES)
@@ -118,10 +124,17 @@ class Child:
         """
         if self._is_ready:
             return
+        self.wait_at_most(START_TIMEOUT_S)
         status, _, _ = self._receive(Deadline(START_TIMEOUT_S))
         if status != READY:
             raise DecoderDied("it did not report ready")
+        self.wait_at_most(self._timeout_s)
         self._is_ready = True
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `wait_ready` has seen it ready; it may have died since."""
+        return self._is_ready
 
     def exchange(self, data: bytes, settings: DecodeSettings) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         """Send an image, wait for its description and crops.
@@ -129,6 +142,7 @@ class Child:
         Raises:
             ItemError: the child refused the image.
             TimeoutError: no complete reply in time.
+            DecoderGone: the child had ended before.
             DecoderDied: the child ended, ran out of memory or does not speak the protocol.
         """
         with self._exchanging:
@@ -137,24 +151,35 @@ class Child:
     def _exchange(self, data: bytes, most_crops: int, deadline: Deadline) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         in_memory = self._memory is not None and self._memory.put_image(data)
         head = REQUEST.pack(len(data), in_memory)
-        try:
-            self._connection.settimeout(deadline.remaining())
-            if in_memory:
-                self._connection.sendall(head)
-            else:
-                sent = self._connection.sendmsg([head, data])
-                if sent < len(head) + len(data):
-                    self._connection.sendall(memoryview(data)[max(0, sent - len(head)) :])
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise DecoderDied from error
+        self._send(head, None if in_memory else data)
         status, content, crops = self._receive(deadline, most_crops)
         if status == REFUSED:
             raise _refusal(content)
         if status not in (DECODED, DECODED_IN_MEMORY):
             raise DecoderDied("it sent no verdict")
         return content, crops
+
+    def _send(self, head: bytes, data: bytes | None) -> None:
+        """`data` where the image goes through the socket."""
+        try:
+            self._connection.sendall(head)
+        except BlockingIOError:
+            raise TimeoutError from None
+        except OSError as error:
+            raise DecoderGone from error
+        try:
+            if data is not None:
+                self._connection.sendall(data)
+        except BlockingIOError:
+            raise TimeoutError from None
+        except OSError as error:
+            raise DecoderDied from error
+
+    def wait_at_most(self, seconds: float) -> None:
+        """How long the kernel lets one call wait: DECODE__TIMEOUT_S from `wait_ready` on. Python's own limits cost two system calls each."""
+        limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6) or int(seconds < 1))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._connection.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def _receive(self, deadline: Deadline, most_crops: int = 0) -> tuple[int, dict[str, Any], NDArray[np.uint8]]:
         """One reply. The child may be in a stranger's hands: nothing it says about sizes is taken on trust."""
@@ -194,16 +219,17 @@ class Child:
     def _fill(self, buffer: memoryview, got: int, needed: int, deadline: Deadline) -> int:
         """Receive into the buffer, behind what it has got, until it has what is needed; how much it has then."""
         while got < needed:
-            self._connection.settimeout(max(deadline.remaining(), 1e-6))  # zero would mean not to wait at all
             try:
                 received = self._connection.recv_into(buffer[got:])
-            except TimeoutError:
-                raise
+            except BlockingIOError:
+                raise TimeoutError from None
             except OSError as error:
                 raise DecoderDied from error
             if not received:
                 raise DecoderDied
             got += received
+            if got < needed and deadline.expired():  # it sends drop by drop
+                raise TimeoutError
         return got
 
     def finish(self, deadline: Deadline) -> None:

@@ -175,11 +175,13 @@ class GpuProcess:
                 raise Refused("the decoder was closed")
             child = self._child = Child(self._settings, self._crops, self._function, cuda=True)
         child.wait_ready()
+        child.wait_at_most(OPENING_S)
         try:
             child.exchange(jpeg_region.samples()[0], self._settings.model_copy(update={"timeout_s": OPENING_S}))
         except ItemError as error:
             child.kill()
             raise Refused(error.message) from error
+        child.wait_at_most(self._settings.timeout_s)
         return child
 
     def _serve(self, child: Child) -> tuple[int, str, str]:

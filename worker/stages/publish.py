@@ -23,9 +23,10 @@ import structlog
 from kafka import KafkaProducer
 from kafka import errors as kafka_errors
 
+from worker import kafka_speed
 from worker.clock import Clock, Deadline, SystemClock
 from worker.errors import DependencyError, FatalError
-from worker.kafka_clients import describe, open_producer
+from worker.kafka_clients import BUSY_LINGER_MS, LINGER_MS, describe, open_producer
 from worker.kafka_workarounds import discard
 from worker.outcomes import Receipts
 from worker.settings import KafkaSettings
@@ -63,8 +64,16 @@ class Publisher(RecordWriter):
         self._gate_open = True
         self._stopping = False
         self._producer = open_producer(settings)
+        self._lingering = (self._producer, LINGER_MS)
         self._mender = threading.Thread(target=self._mend, name="publish-mend", daemon=True)
         self._mender.start()
+
+    def many_in_flight(self, many: bool) -> None:
+        """See `RecordWriter`."""
+        wanted = (self._producer, BUSY_LINGER_MS if many else LINGER_MS)
+        if wanted != self._lingering:
+            self._lingering = wanted
+            kafka_speed.linger(*wanted)
 
     def close(self, deadline: Deadline) -> bool:
         """See `RecordWriter`."""

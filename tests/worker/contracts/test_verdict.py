@@ -6,8 +6,19 @@ import json
 import uuid
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from worker.contracts import VERDICT_NAMESPACE, Verdict, build_verdict, rfc3339, verdict_headers, verdict_id
+from worker.contracts import (
+    VERDICT_NAMESPACE,
+    Verdict,
+    build_verdict,
+    publish,
+    publish_scored,
+    rfc3339,
+    verdict_headers,
+    verdict_id,
+)
 from worker.errors import Code
 from worker.items import Decision, Event, ImageInfo, ModelRef, Position, Scores, Timings
 
@@ -140,3 +151,60 @@ def test_a_mark_that_is_no_text_does_not_keep_the_verdict_back() -> None:
         event=EVENT, source=SOURCE, model=MODEL, decision=DECISION, processed_at=0.0, scores=SCORES, image=image
     )
     assert set(json.loads(verdict.to_json())["evidence"]["provenance"].values()) == {None}
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_the_id_is_the_standard_librarys(event_id: str, version: str) -> None:
+    try:
+        name = f"{event_id}\0{version}"
+        name.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: no event has one
+        return
+    assert verdict_id(event_id, version) == str(uuid.uuid5(VERDICT_NAMESPACE, name))
+
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+MAYBE_MS = st.none() | st.floats(0, 1e6)
+
+
+@given(
+    event=st.builds(
+        Event,
+        event_id=TEXT,
+        url=st.none(),
+        inline=st.none(),
+        tenant=TEXT,
+        item=st.none() | st.dictionaries(TEXT, TEXT, max_size=3),
+        attributes=st.dictionaries(TEXT, TEXT, max_size=3),
+        traceparent=st.none() | st.just("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+    ),
+    decision=st.builds(
+        Decision,
+        label=st.sampled_from(["ai_generated", "authentic"]),
+        action=st.sampled_from(["allow", "review", "block"]),
+        uncertain=st.booleans(),
+        policy=TEXT,
+        version=TEXT,
+        shadow=st.none() | st.dictionaries(TEXT, st.sampled_from(["allow", "block"]), max_size=2),
+    ),
+    heads=st.fixed_dictionaries({name: st.floats(0, 1) for name in ("linear", "knn", "ocsvm")}),
+    provenance=st.dictionaries(st.sampled_from(["c2pa", "generator_metadata"]), st.none() | TEXT | st.just("\ud800"), max_size=2),
+    cache_hit=st.booleans(),
+    timings=st.builds(Timings, started=st.floats(0, 10), fetch=MAYBE_MS, decode=MAYBE_MS, queue=MAYBE_MS, infer=MAYBE_MS),
+)
+def test_what_is_published_without_the_model_is_what_it_would_write(
+    event: Event, decision: Decision, heads: dict[str, float], provenance: dict[str, str], cache_hit: bool, timings: Timings
+) -> None:
+    arguments = {
+        "event": event,
+        "source": SOURCE,
+        "model": MODEL,
+        "decision": decision,
+        "processed_at": 1_700_000_000.25,
+        "scores": Scores(heads, (heads["linear"],)),
+        "image": ImageInfo("ab" * 32, 1024, 768, "JPEG", 1, provenance),
+        "cache_hit": cache_hit,
+        "timings": timings,
+        "finished": 11.0,
+    }
+    assert publish_scored(**arguments) == publish(build_verdict(**arguments), event.traceparent)
