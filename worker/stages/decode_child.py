@@ -176,7 +176,7 @@ class Child:
             raise DecoderDied from error
 
     def wait_at_most(self, seconds: float) -> None:
-        """How long the kernel lets one call wait: DECODE__TIMEOUT_S from `wait_ready` on. Python's own limits cost two system calls each."""
+        """How long the kernel lets one call wait. Python's own limits cost two system calls each."""
         limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6) or int(seconds < 1))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._connection.setsockopt(socket.SOL_SOCKET, option, limit)
