@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--autoencoder", type=Path, help="folder of an autoencoder, for aligned fakes; default: upsampling artefacts"
     )
+    parser.add_argument("--no-aligned", action="store_true", help="make no aligned fakes, for a recipe that has no use for them")
     parser.add_argument(
         "--held-out", type=Path, help="images of the early stop: a folder with a manifest, or shards; default: --data's val"
     )
@@ -62,12 +63,16 @@ def _run(args: argparse.Namespace, recipe: Recipe, ranks: Ranks) -> None:
     from train.aligned import reconstruction
     from train.pretrain import Run, train
     from train.progress import display
+    from train.recipe import RecipeError
     from train.training_data import prepare, prepared_folder
 
     first = ranks.rank == 0
     facts: dict[str, Any] = {}
     if first:
-        facts = prepare(args.data, args.out, recipe, lambda: reconstruction(args.autoencoder, args.out), say)
+        if args.no_aligned and any(phase.aligned for phase in recipe.phases):
+            raise RecipeError(f"{args.recipe}: a phase has aligned fakes; leave --no-aligned out")
+        made = not args.no_aligned
+        facts = prepare(args.data, args.out, recipe, lambda: reconstruction(args.autoencoder, args.out) if made else None, say)
     ranks.barrier()
     start = stages.encoder_module(args.start) if args.start else None
     run = Run(recipe, prepared_folder(args.data, args.out), args.out, encoder=start, ranks=ranks)
@@ -141,6 +146,8 @@ def _command(args: argparse.Namespace, stopped_at: int | None) -> str:
     text = f"python -m train pretrain --data $CORPUS --out $RUN --recipe train/recipes/{shlex.quote(args.recipe.name)}"
     if args.autoencoder is not None:
         text += " --autoencoder $AUTOENCODER"
+    if args.no_aligned:
+        text += " --no-aligned"
     if args.start is not None:
         text += " --start $EARLIER/encoder.safetensors"
     return text if stopped_at is None else f"{text} --stop-after {stopped_at}"

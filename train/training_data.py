@@ -34,12 +34,12 @@ def prepare(
     data: Path,
     out: Path,
     recipe: Recipe,
-    reconstruct: Callable[[], Callable[[Rgb], Rgb]],
+    reconstruct: Callable[[], Callable[[Rgb], Rgb] | None],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Decodes a folder into OUT/store, or indexes shards into OUT/shards, unless that is done; returns facts of the data.
 
-    `reconstruct` is called for the maker of aligned fakes, only where the store makes them.
+    `reconstruct` is called for the maker of aligned fakes, only where the store makes them; None: it makes none.
     """
     folder = prepared_folder(data, out)
     if folder.name == "store":

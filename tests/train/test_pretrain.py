@@ -106,3 +106,18 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     rates = [learning_rate(tiny, s) for s in range(110)]
     assert rates[0] == pytest.approx(1e-6) and rates[10] == 1.0 and rates[60] == pytest.approx(0.5)
     assert all(a > b for a, b in pairwise(rates[10:])) and rates[-1] < 1e-3
+
+
+def test_written_out_attention_gives_the_gradients_of_the_fused_kernel(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(few: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("train.pretrain.FEW_TOKENS", few)
+        run = _run(store, tmp_path, recipe())
+        run.gradients(batch_at(Sampler(PixelStore(store), 0.5), run.recipe, 0))
+        return [p.grad for p in run.trainee.parameters() if p.grad is not None]
+
+    fused, written_out = gradients(0), gradients(64)
+    assert len(fused) == len(written_out) > 10
+    for one, other in zip(fused, written_out, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
