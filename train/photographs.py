@@ -134,8 +134,8 @@ def write(unpacked: Path, out: Path, seed: int = 0) -> list[dict[str, str]]:
             crop.save(file, "WEBP", lossless=True, method=0)
             rows.append({
                 "file": str(file.relative_to(out)), "split": split, "label": "real", "generator": "camera",
-                "source": package.source, "layout": "single", "original_format": path.rpartition(".")[2].upper(), "repo": "Debian",
-                "path": f"{path}/crop-{i}",  # so that crops of one photograph form a group
+                "source": package.source, "layout": "single", "original_format": path.rpartition(".")[2].upper(),
+                "repo": "Debian", "path": f"{path}/crop-{i}",  # so that crops of one photograph form a group
                 "licence": package.licence, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             })  # fmt: skip
     return rows
