@@ -50,7 +50,7 @@ class Package:
 
 
 GCOMPRIS = "usr/share/gcompris-qt/rcc"
-GCOMPRIS_TERMS = "CC-BY, CC-BY-SA, GPL and public domain, file by file"
+GCOMPRIS_TERMS = "CC-BY, CC-BY-SA, CC0, GFDL, GPL and public domain, file by file"
 PACKAGES = (
     Package("lomiri-wallpapers-16.04", "CC-BY-4.0 and CC-BY-SA-4.0", "usr/share/backgrounds", (
         "Bridge_by_*", "Dragonfly_by_*", "Picture_0B_*", "Picture_1A_*", "Wine_by_*", "aitzgorri_by_*", "free_by_*",

@@ -3,8 +3,10 @@
 Ten to 150 labelled images recover much of what a new generator cost (arXiv 2501.08763, 2312.00195). Beside a replay of thousands
 they would not be heard at all, and with all the weight in the world they would be all that is heard; so:
 
-* `WHOLE` labelled images of a class weigh as much as all of that class's replay, and more of them no more (`MAX_SHARE`); chosen
-  by leaving whole training sources of generated images out of the replay, and other sources of reals for the false positives
+* `WHOLE` labelled images of a class count as much as all of that class's replay, and more of them no more (`MAX_SHARE`); in the
+  linear head's fit what counts so weighs `EMPHASIS` times, and the regularisation is `LOOSER` times weaker than in the first fit.
+  That one was chosen for sources never seen; labelled images are of the very generator that will come again. Both were chosen by
+  leaving whole generators of the training sources out of the replay, and other sources of reals for the false positives
   (docs/refresh.md, "Measured");
 * images that look alike to the encoder (cosine of at least `ALIKE`: re-encodings, resizes, a flood of one picture) share one
   weight;
@@ -27,6 +29,8 @@ from train.embed import Embedded
 
 WHOLE = 50.0
 MAX_SHARE = 1.0
+EMPHASIS = 2.0
+LOOSER = 3.0
 ALIKE = 0.99
 REVIEWER_IMAGES = 50.0
 FOLDS = 5
@@ -93,7 +97,8 @@ def alike(embedding: NDArray[np.float32], least: float = ALIKE) -> NDArray[np.in
 
 
 def fit_linear(train: Embedded, labelled: Weighted, c: float = probe.C, only: NDArray[np.bool_] | None = None) -> Linear:
-    """The linear head on replay and labelled images (those for which `only` holds). c: inverse regularisation."""
+    """The linear head on replay and labelled images (those for which `only` holds). c: inverse regularisation of the first fit,
+    `LOOSER` here where there are labels."""
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -102,9 +107,9 @@ def fit_linear(train: Embedded, labelled: Weighted, c: float = probe.C, only: ND
     # The classes of the replay weigh the same, as class_weight="balanced" makes them; a label weighs in units of its class.
     share = train.labels.mean()
     balance = np.where(labels == 1, 0.5 / share, 0.5 / (1 - share))
-    weights = np.concatenate((np.ones(len(train.facts)), labelled.weights[chosen])) * balance
+    weights = np.concatenate((np.ones(len(train.facts)), EMPHASIS * labelled.weights[chosen])) * balance
     embedding = np.concatenate((train.embedding, labelled.rows.embedding[chosen])).astype(np.float64)
-    model = LogisticRegression(C=c, max_iter=probe.MAX_ITER)
+    model = LogisticRegression(C=c * (LOOSER if chosen.any() else 1.0), max_iter=probe.MAX_ITER)
     # One thread: sums in one order, so that a job that is started again ends with the same bits.
     with threadpool_limits(1):
         model.fit(embedding, labels, sample_weight=weights)
