@@ -145,6 +145,26 @@ def test_pack(trained: Path, tmp_path: Path) -> None:
     assert len(records) == 16 and sum(r.real is not None for r in records) == 8
 
 
+def test_no_aligned_fakes_are_made_where_none_are_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE)
+    given = [
+        "pretrain",
+        "--recipe",
+        str(tmp_path / "r.toml"),
+        "--data",
+        str(corpus(tmp_path / "data")),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main([*given, "--no-aligned", "--workers", "0"]) == 2
+    assert "r.toml: a phase has aligned fakes; leave --no-aligned out" in capsys.readouterr().err
+    (tmp_path / "r.toml").write_text(RECIPE.replace("aligned = 0.25", ""))
+    assert main([*given, "--no-aligned", "--workers", "0"]) == 0
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+    assert facts["data"]["aligned"] == 0 and "--no-aligned" in facts["pretrain_command"]
+    assert not (tmp_path / "run" / "upsampled-2").exists()
+
+
 def test_from_shards_to_heads_with_a_damaged_member_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = d3(tmp_path / "in", shards=1, records=6, side=230)[0]
     data = bytearray(shard.read_bytes())
