@@ -25,7 +25,7 @@ from kafka import KafkaConsumer, TopicPartition
 from PIL import Image
 
 from benchmarks import decode, record
-from benchmarks.uploads import Upload, inline, produce
+from benchmarks.uploads import CLIENT_BATCH_BYTES, Upload, inline, produce
 from engine import images
 from engine.detector import Detector
 from worker.clock import Deadline
@@ -105,14 +105,15 @@ def path(
     partitions: int | None = None,
     settings: dict[str, str] | None = None,
     unnamed: str = "kafka clients",
+    batch_bytes: int = CLIENT_BATCH_BYTES,
 ) -> dict[str, Any]:
     """Events a second and CPU by stage of worker processes over these uploads, after `warm_up` of them.
 
-    `partitions` of the upload topic: the broker's default where none are given. `settings`: environment of the workers.
+    `partitions` of the upload topic: the broker's default where none are given. `settings`: environment of the workers. `batch_bytes`: of the uploads' record batches.
     """
     with tempfile.TemporaryDirectory() as scratch, EmbeddedBroker() as broker, EmbeddedCache() as cache, ExitStack() as stack:
         _create_topics(broker.bootstrap, partitions)
-        produce(uploads, broker.bootstrap)  # before the worker starts: a producer must not share its cores
+        produce(uploads, broker.bootstrap, batch_bytes)  # before the worker starts: a producer must not share its cores
         workers = [
             stack.enter_context(
                 _worker(module, broker, cache, Path(scratch, str(number)), {**(settings or {}), "BENCHMARK_WORKER": str(number)})

@@ -1,6 +1,7 @@
 """One worker process or two on this machine, a growing share of cached images, partitions and image sizes, with a null engine.
 
-`cached` are 512 x 512 JPEGs inside their events of which a share is one of 64 pictures seen before.
+`cached` are 512 x 512 JPEGs inside their events of which a share is one of 64 pictures seen before; `known` 256-pixel ones, all of
+them seen before.
 `decode` are pictures that were never seen, with one decoder process a worker and each worker on a core of its own, so that
 one worker cannot use the machine that two will; `photographs` the same with files of 12 megapixels named by address, which burden
 decoders and not the broker; beside it stands what the machine itself makes of two processes that only decode. `fetch` are small
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import decode, pipeline, record
-from benchmarks.uploads import Upload, by_reference, inline, slow_host
+from benchmarks.uploads import CLIENT_BATCH_BYTES, Upload, by_reference, inline, slow_host
 
 SHARES = (0.0, 0.5, 0.9, 1.0)
 KNOWN = 64
@@ -50,6 +51,21 @@ def cached(events: int, processes: int) -> dict[str, Any]:
         pictures = mixed(events if share >= 0.9 else events // 4, share)
         found[f"{share:.0%}"] = pipeline.path(inline(pictures), NULL, len(pictures) // 4, processes, partitions=4)
     return found
+
+
+def known(events: int) -> dict[str, Any]:
+    """Small pictures that were all seen before, by workers and by how the uploads' producer puts them into record batches."""
+    picture = decode.jpeg((256, 256), {"quality": 85})
+    choose = random.Random(5)
+    numbers = [*range(KNOWN), *(choose.randrange(KNOWN) for _ in range(events))]
+    uploads = inline([picture + number.to_bytes(8, "big") for number in numbers])
+    return {
+        f"{workers} worker{'s' * (workers > 1)}, {what}": pipeline.path(
+            uploads, NULL, len(uploads) // 4, workers, partitions=4, batch_bytes=size
+        )
+        for workers in (1, 2)
+        for what, size in (("an image a batch", CLIENT_BATCH_BYTES), ("batches of 1 MB", 1_000_000))
+    }
 
 
 def decoding(events: int) -> dict[str, Any]:
@@ -144,6 +160,7 @@ def main(events: int) -> dict[str, Any]:
     for name, measure in (
         ("cached, one process", lambda: cached(events * 2, 1)),
         ("cached, two processes", lambda: cached(events * 2, 2)),
+        ("known, 256 px", lambda: known(events * 4)),
         ("decode", lambda: decoding(events)),
         ("photographs", lambda: photographs(events // 8)),
         ("fetch", lambda: fetching(events // 2)),

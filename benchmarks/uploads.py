@@ -39,9 +39,19 @@ def by_reference(urls: Sequence[str]) -> list[Upload]:
     ]
 
 
-def produce(uploads: Sequence[Upload], bootstrap: str) -> None:
+CLIENT_BATCH_BYTES = 16_384
+"""What kafka-python's producer puts into one record batch where nobody says otherwise: images come alone then."""
+
+
+def produce(uploads: Sequence[Upload], bootstrap: str, batch_bytes: int = CLIENT_BATCH_BYTES) -> None:
     """Into `image.uploads`, in order, spread over its partitions."""
-    producer = KafkaProducer(bootstrap_servers=bootstrap, compression_type="lz4", linger_ms=5, max_request_size=32_000_000)
+    producer = KafkaProducer(
+        bootstrap_servers=bootstrap,
+        compression_type="lz4",
+        linger_ms=5 if batch_bytes == CLIENT_BATCH_BYTES else 50,
+        batch_size=batch_bytes,
+        max_request_size=32_000_000,
+    )
     for upload in uploads:
         producer.send("image.uploads", upload.value, headers=list(upload.headers))
     producer.flush()
