@@ -109,7 +109,8 @@ def path(
 ) -> dict[str, Any]:
     """Events a second and CPU by stage of worker processes over these uploads, after `warm_up` of them.
 
-    `partitions` of the upload topic: the broker's default where none are given. `settings`: environment of the workers. `batch_bytes`: of the uploads' record batches.
+    `partitions` of the upload topic: the broker's default where none are given. `settings`: environment of the
+    workers. `batch_bytes`: of the uploads' record batches.
     """
     with tempfile.TemporaryDirectory() as scratch, EmbeddedBroker() as broker, EmbeddedCache() as cache, ExitStack() as stack:
         _create_topics(broker.bootstrap, partitions)

@@ -1,7 +1,7 @@
 """One worker process or two on this machine, a growing share of cached images, partitions and image sizes, with a null engine.
 
-`cached` are 512 x 512 JPEGs inside their events of which a share is one of 64 pictures seen before; `known` 256-pixel ones, all of
-them seen before.
+`cached` are 512 x 512 JPEGs inside their events of which a share is one of 64 pictures seen before; `known` are 256-pixel
+ones, all of them seen before.
 `decode` are pictures that were never seen, with one decoder process a worker and each worker on a core of its own, so that
 one worker cannot use the machine that two will; `photographs` the same with files of 12 megapixels named by address, which burden
 decoders and not the broker; beside it stands what the machine itself makes of two processes that only decode. `fetch` are small
