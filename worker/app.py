@@ -23,6 +23,7 @@ from worker.engine_start import EngineStart
 from worker.engines import EngineLoader
 from worker.errors import FatalError
 from worker.health import Health, HealthServer
+from worker.kafka_start import KafkaStart
 from worker.ledger import Ledger, Partition
 from worker.metrics import Metrics
 from worker.outcomes import Delayed, Engine, Waiting
@@ -45,6 +46,7 @@ log = structlog.get_logger(__name__)
 POLL_TIMEOUT_S = 0.1
 """Longest wait of one poll: bounds how late the main loop sees a signal, a failure or a due retry."""
 LOADING_POLL_S = 0.02
+STARTING_WAIT_S = 0.1
 GAUGE_INTERVAL_S = 1.0
 MAX_DELAYED = 10_000
 """Retries that may wait in memory; beyond, the retry topic is not read."""
@@ -52,6 +54,10 @@ JOIN_TIMEOUT_S = 5.0
 TRACES_FLUSH_S = 2.0
 LEAVE_TIMEOUT_S = 3.0
 """Granted to the last commit and the farewell to the group even when the drain took all of its time."""
+
+
+class _StartEndedError(Exception):
+    """A signal came before the worker was ready; nothing was read."""
 
 
 class Crew:
@@ -144,7 +150,7 @@ class App:
         """Work until SIGTERM or SIGINT, then drain.
 
         Returns:
-            0 once drained.
+            0 once drained, or at once while it is still starting.
 
         Raises:
             FatalError: configuration (2) or a dependency past its budget (3); nothing unfinished was committed.
@@ -156,7 +162,11 @@ class App:
             server = HealthServer(self._settings.http, health, self._metrics)
             server.start()
             stack.callback(server.close)
-            self._build(stack, health)
+            try:
+                self._build(stack, health)
+            except _StartEndedError:
+                log.info("worker.stopped", started=False)
+                return 0
             log.info(
                 "worker.ready", group=self._settings.kafka.group_id, port=server.port, model=self._pipeline.engine.model.version
             )
@@ -172,19 +182,15 @@ class App:
         policy = PolicyKeeper(settings.policy, self._metrics)
         start = EngineStart(self._loader, policy, settings.engine.head)
         stack.callback(start.end)
-        start.wait_to_join()
-        kafka_clients.ensure_topics(settings.kafka, Deadline(settings.kafka.startup_timeout_s, clock))
         ledger = Ledger()
+        clients = KafkaStart(functools.partial(self._open_clients, ledger))
+        stack.callback(clients.close)
         budget = Budget(settings.kafka.max_in_flight, settings.kafka.max_in_flight_bytes, settings.fetch.max_bytes)
+        self._publisher, self._consumer = self._clients(start, clients, health)
+        self._consumer.keep_alive(0.0)  # asks to join: the broker makes the first member of a group wait
         cache = ScoreCache(settings.cache, self._metrics, clock)
         fetcher = Fetcher(settings.fetch, clock)
         decoder = open_decoder(settings.decode, settings.engine.crops, self._decoder_restarted)
-        self._publisher = self._open_publisher(ledger)
-        stack.callback(lambda: self._publisher.close(Deadline(0.0)))
-        self._consumer = Consumer(settings.kafka, ledger, self._group, clock=clock)
-        self._publisher.commit_as(self._consumer.group_metadata)
-        # After a failure: nothing is committed on the way out, but the group need not wait for the session to end.
-        stack.callback(lambda: self._consumer.close(Deadline(LEAVE_TIMEOUT_S, clock), commit=False))
         batcher: Batcher[Waiting] = Batcher(_batch_config(settings), clock.monotonic, observer=self._batch_ran)
         delays: DelayQueue[Delayed] = DelayQueue(
             MAX_DELAYED, settings.kafka.max_in_flight_bytes // 4, settings.fetch.retry_delay_max_s, clock
@@ -201,20 +207,46 @@ class App:
         stack.callback(lambda: decoder.close(Deadline(JOIN_TIMEOUT_S)))
         self._start_threads(decoder.threads, policy)
 
+    def _clients(
+        self, start: EngineStart, clients: KafkaStart[tuple[RecordWriter, Consumer]], health: Health
+    ) -> tuple[RecordWriter, Consumer]:
+        """Publisher and consumer, once the group may be joined: what refuses this worker comes before what waits for a broker."""
+        while not start.may_join(STARTING_WAIT_S):
+            self._starting(health)
+        while (opened := clients.opened(STARTING_WAIT_S)) is None:
+            self._starting(health)
+        return opened
+
+    def _starting(self, health: Health) -> None:
+        """A turn of the start: whoever asks for an end gets it, though a broker or a library is still being waited for."""
+        health.beat()
+        if self._stopping.is_set():
+            raise _StartEndedError
+
     def _joined(self, start: EngineStart, health: Health) -> Engine:
         """The engine, once it is loaded; until then the group is joined, and nothing is read."""
         while (engine := start.loaded()) is None:
-            health.beat()
+            self._starting(health)
             self._consumer.keep_alive(LOADING_POLL_S)
             health.set("group", self._group.joined)
         health.set("engine", True)
         return engine
 
-    def _open_publisher(self, ledger: Ledger) -> RecordWriter:
-        kafka = self._settings.kafka
+    def _open_clients(self, ledger: Ledger, stack: contextlib.ExitStack) -> tuple[RecordWriter, Consumer]:
+        """What writes to Kafka and what reads from it, once its topics are there; in the thread of `KafkaStart`."""
+        kafka, clock = self._settings.kafka, self._clock
+        kafka_clients.ensure_topics(kafka, Deadline(kafka.startup_timeout_s, clock))
+        publisher: RecordWriter
         if kafka.delivery == "exactly_once":
-            return TransactionalPublisher(kafka, ledger, clock=self._clock, observer=self._transaction_ended)
-        return Publisher(kafka, clock=self._clock)
+            publisher = TransactionalPublisher(kafka, ledger, clock=clock, observer=self._transaction_ended)
+        else:
+            publisher = Publisher(kafka, clock=clock)
+        stack.callback(lambda: publisher.close(Deadline(0.0)))
+        consumer = Consumer(kafka, ledger, self._group, clock=clock)
+        # After a failure: nothing is committed on the way out, but the group need not wait for the session to end.
+        stack.callback(lambda: consumer.close(Deadline(LEAVE_TIMEOUT_S, clock), commit=False))
+        publisher.commit_as(consumer.group_metadata)
+        return publisher, consumer
 
     def _start_threads(self, decoders: int, policy: PolicyKeeper) -> None:
         pipeline = self._pipeline

@@ -50,17 +50,19 @@ class EngineStart:
         self._thread = threading.Thread(target=self._load, name="engine-load", daemon=True)
         self._thread.start()
 
-    def wait_to_join(self) -> None:
-        """Until the group may be joined.
+    def may_join(self, timeout_s: float) -> bool:
+        """Whether the group may be joined, by the end of so many seconds.
 
         Raises:
             ConfigurationError, DependencyError: what ended the load.
         """
-        self._may_join.wait()
+        if not self._may_join.wait(timeout_s):
+            return False
         self._raise()
+        return True
 
     def loaded(self) -> Engine | None:
-        """The engine, once it is warm and the policy knows it. Raises as `wait_to_join`."""
+        """The engine, once it is warm and the policy knows it. Raises as `may_join`."""
         if not self._done.is_set():
             return None
         self._raise()

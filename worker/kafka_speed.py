@@ -45,17 +45,6 @@ def apply() -> bool:
     return True
 
 
-def fetch_ahead(consumer: Any) -> None:
-    """Ask for more of the partitions of which nothing lies here, before what lies here is unpacked and handed out.
-
-    The client asks only once it has handed out all it has: until then the broker has nothing to do, and then this process.
-    To be called before every `poll`, by the thread that polls. It waits until the request is made, not until it is answered.
-    """
-    fetcher: Any = getattr(consumer, "_fetcher", None)
-    if getattr(fetcher, "_completed_fetches", None) and not getattr(fetcher, "_nodes_with_pending_fetch_requests", True):
-        fetcher.send_fetches()
-
-
 def linger(producer: Any, milliseconds: int) -> None:
     """From now on records wait so long for company: the client reads this option anew whenever it looks for what to send."""
     options = getattr(getattr(producer, "_accumulator", None), "config", None)

@@ -126,6 +126,26 @@ def test_a_second_signal_exits_at_once_with_130(bundle: Path, tmp_path: Path) ->
         assert signals > 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_waits_for_its_broker_exits_0_soon(number: signal.Signals, bundle: Path, tmp_path: Path) -> None:
+    settings = {"ENGINE__BUNDLE": bundle, "KAFKA__STARTUP_TIMEOUT_S": 60, "HTTP__PORT": 0}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
+    environment |= {f"WORKER_{name}": str(value) for name, value in settings.items()}
+    environment["WORKER_KAFKA__BOOTSTRAP_SERVERS"] = f"127.0.0.1:{free_port()}"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "worker", "run"], env=environment, stderr=log)
+    try:
+        deadline = time.monotonic() + 30
+        while "engine.loaded" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(15) == 0, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+    assert '"worker.stopped"' in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_the_worker_imports_without_torch() -> None:
     code = BLOCK_TORCH + "import worker.app, engine.detector, engine.batcher, worker.commands.dev; print('ok')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -66,7 +66,7 @@ def started(bundle: Path, backend: Loads, policy: Path | None = None) -> EngineS
 def test_what_loads_in_seconds_may_join_before_it_is_loaded(bundle: Path) -> None:
     backend = Loads(in_seconds=True)
     start = started(bundle, backend)
-    start.wait_to_join()
+    start.may_join(WAIT_S)
     assert backend.loading.wait(WAIT_S)
     assert start.loaded() is None
     backend.go_on.set()
@@ -79,7 +79,7 @@ def test_what_loads_in_seconds_may_join_before_it_is_loaded(bundle: Path) -> Non
 def test_what_may_compile_holds_the_join_back(bundle: Path) -> None:
     backend = Loads(in_seconds=False)
     start = started(bundle, backend)
-    joins = threading.Thread(target=start.wait_to_join)
+    joins = threading.Thread(target=lambda: start.may_join(WAIT_S))
     joins.start()
     assert backend.loading.wait(WAIT_S)
     joins.join(0.2)
@@ -97,7 +97,7 @@ def test_a_policy_that_the_model_cannot_serve_refuses_before_the_join(bundle: Pa
     backend = Loads(in_seconds=True)
     start = started(bundle, backend, file)
     with pytest.raises(ConfigurationError, match=r"fpr_0\.5"):
-        start.wait_to_join()
+        start.may_join(WAIT_S)
     assert not backend.loading.is_set()
     start.end()
 
@@ -111,7 +111,7 @@ def test_what_ends_the_load_is_raised_where_it_is_awaited(error: Exception) -> N
     start = EngineStart(Broken(Settings(), Metrics()), PolicyKeeper(PolicySettings(), Metrics()), "linear")
     start.end()
     with pytest.raises(type(error)):
-        start.wait_to_join()
+        start.may_join(WAIT_S)
     with pytest.raises(type(error)):
         start.loaded()
 
@@ -124,7 +124,7 @@ def test_a_failure_after_the_join_is_raised_too(bundle: Path) -> None:
 
     backend = Fails(in_seconds=True)
     start = started(bundle, backend)
-    start.wait_to_join()
+    start.may_join(WAIT_S)
     backend.go_on.set()
     start.end()
     with pytest.raises(ConfigurationError, match="device"):

@@ -118,19 +118,6 @@ def test_a_socket_is_registered_for_reading_and_then_for_writing_too() -> None:
         net.close()
 
 
-@pytest.mark.parametrize(("lies_here", "under_way", "asks"), [(True, False, True), (True, True, False), (False, False, False)])
-def test_more_is_asked_for_before_what_lies_here_is_handed_out(lies_here: bool, under_way: bool, asks: bool) -> None:
-    asked: list[bool] = []
-    fetcher = SimpleNamespace(
-        _completed_fetches=[1] if lies_here else [],
-        _nodes_with_pending_fetch_requests={0} if under_way else set(),
-        send_fetches=lambda: asked.append(True),
-    )
-    kafka_speed.fetch_ahead(SimpleNamespace(_fetcher=fetcher))
-    assert bool(asked) == asks
-    kafka_speed.fetch_ahead(SimpleNamespace())  # another client: left alone
-
-
 def test_the_wait_for_company_is_an_option_that_the_client_reads_anew() -> None:
     accumulator = RecordAccumulator(linger_ms=5, batch_size=1 << 20)
     cluster = SimpleNamespace(leader_for_partition=lambda _: 0)

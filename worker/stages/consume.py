@@ -23,7 +23,6 @@ from worker.clock import Clock, Deadline, SystemClock
 from worker.errors import ConfigurationError, DependencyError
 from worker.items import Record
 from worker.kafka_clients import describe, open_consumer
-from worker.kafka_speed import fetch_ahead
 from worker.kafka_workarounds import before_poll, forget_owned
 from worker.ledger import Ledger, Partition
 from worker.settings import KafkaSettings
@@ -209,8 +208,6 @@ class Consumer:
     def _read(self, timeout_s: float, max_records: int) -> list[Record]:
         try:
             before_poll(self._raw)
-            if max_records > 1:
-                fetch_ahead(self._raw)
             answer = self._raw.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
         except REFUSALS as error:
             raise DependencyError(f"Kafka refuses this consumer: {describe(error)}") from error
