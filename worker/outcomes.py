@@ -57,6 +57,11 @@ class Failed:
     timings: Timings | None
     sha256: str | None = None
 
+    @classmethod
+    def of(cls, item: Item, error: ItemError, sha256: str | None = None) -> Failed:
+        """An event that was readable; `sha256` of its image, where that is known."""
+        return cls(item.record, item.delivery, error, item.event, item.timings, sha256)
+
 
 @dataclass(frozen=True, slots=True)
 class Postponed:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import structlog
@@ -27,8 +26,8 @@ from worker.budget import Budget
 from worker.clock import Clock
 from worker.delays import DelayQueue
 from worker.envelopes import open_retry
-from worker.errors import Code, DependencyError, ItemError, StaleItemError, TransientItemError
-from worker.image_room import ExpectedSize, ImageRoom, RoomWanted
+from worker.errors import Code, DependencyError, ItemError, StaleItemError
+from worker.fetching import Fetching
 from worker.items import Decoded, Delivery, Fetched, Item, Record, Scored, Scores, Timings
 from worker.lanes import Closed, Lanes
 from worker.ledger import Ledger, Partition
@@ -50,8 +49,6 @@ from worker.tracing import NoTraces, Tracer
 
 log = structlog.get_logger(__name__)
 
-IN_PLACE_DELAY_S = 0.2
-"""Mean pause before the one repeat in place of a fetch that failed at once."""
 CACHE_ROUND = 64
 """Digests asked for in one round trip at most."""
 PUBLISH_ROUND = 64
@@ -108,7 +105,7 @@ class Pipeline:
             stages.ledger, stages.budget, stages.policy, stages.publisher, stages.circuit, metrics, clock, self._tracer, on_room
         )
         self._flights: SingleFlight[Flight, Item] = SingleFlight()
-        self._expected_size = ExpectedSize(settings.fetch.max_bytes)
+        self._fetching = Fetching(settings.fetch, stages.budget, stages.fetcher, metrics, clock, self._to_publish.put)
         self._limits = contracts.EventLimits(
             max_image_bytes=settings.fetch.max_bytes, max_event_bytes=settings.kafka.max_record_bytes
         )
@@ -211,7 +208,7 @@ class Pipeline:
         size = None if event.inline is None else len(event.inline)
         if size is None or size > INLINE_BYTES or not self._stages.budget.try_reserve(size):
             self._to_fetch.put(item, event.priority)
-        elif (fetched := self._fetch_within(item, size)) is not None:
+        elif (fetched := self._fetching.fetch_within(item, size)) is not None:
             inline.append(fetched)
 
     # -- fetch threads -------------------------------------------------------------------------------------------
@@ -223,80 +220,8 @@ class Pipeline:
                 item = self._to_fetch.get()
             except Closed:
                 return
-            if not self._outlet.drop_if_stale(item.record) and (fetched := self._fetch(item)) is not None:
+            if not self._outlet.drop_if_stale(item.record) and (fetched := self._fetching.fetch(item)) is not None:
                 self._to_cache.put(fetched)
-
-    def _fetch(self, item: Item) -> Fetched | None:
-        """Room for the image is reserved first, so that the bytes in flight stay bounded whatever arrives."""
-        inline = item.event.inline
-        image_bytes = self._expected_size.bytes if inline is None else len(inline)
-        while True:
-            self._stages.budget.reserve(image_bytes)
-            try:
-                fetched = self._fetch_within(item, image_bytes)
-            except RoomWanted as larger:
-                image_bytes = larger.image_bytes
-                continue
-            if fetched is not None and inline is None:
-                self._expected_size.learn(len(fetched.data))
-            return fetched
-
-    def _fetch_within(self, item: Item, reserved_bytes: int) -> Fetched | None:
-        """The image within the room reserved for it; None where its event goes another way from here, its room given back.
-
-        Raises:
-            RoomWanted: it is larger than what was reserved, and there is no more now; its room was given back.
-        """
-        room = ImageRoom(self._stages.budget, reserved_bytes)
-        try:
-            fetched, error, made = self._fetch_in_place(item, room)
-        except RoomWanted:
-            room.keep(0)
-            raise
-        if fetched is not None:
-            room.keep(len(fetched.data))
-            return fetched
-        room.keep(0)
-        if isinstance(error, TransientItemError) and not error.attempted:
-            self._postpone(item, error, made - 1)  # its host was left alone: that is no attempt of this event
-        elif isinstance(error, TransientItemError) and made < self._settings.fetch.attempts:
-            self._postpone(item, error, made)
-        elif error is not None:
-            item = replace(item, delivery=replace(item.delivery, attempt=made))
-            self._to_publish.put(_failed(item, error))
-        return None
-
-    def _fetch_in_place(self, item: Item, room: ImageRoom) -> tuple[Fetched | None, ItemError | None, int]:
-        """Try once; on an event's first way through, a host that failed at once is asked a second time.
-
-        Returns the image or the error, and how many attempts this event has had by now.
-        """
-        made = item.delivery.attempt
-        started = self._clock.monotonic()
-        while True:
-            try:
-                return self._stages.fetcher.fetch(item, room.hold), None, made
-            except ItemError as error:
-                quick = error.code is Code.FETCH_UNAVAILABLE and made == 1 < self._settings.fetch.attempts and _attempted(error)
-                if not quick:
-                    return None, error, made
-                self._metrics.retries.labels(error.code.value).inc()
-            finally:
-                ended = self._clock.monotonic()
-                seconds = ended - started
-                item.timings.span("fetch", started, ended)
-                item.timings.fetch = seconds * 1000
-                self._metrics.fetch.observe(seconds)
-            made += 1
-            self._clock.sleep(IN_PLACE_DELAY_S * random.uniform(0.5, 1.5))
-
-    def _postpone(self, item: Item, error: TransientItemError, made: int) -> None:
-        limits = self._settings.fetch
-        delay_s = limits.retry_delay_s * 4 ** max(0, made - 2)
-        delay_s = min(max(delay_s, error.retry_after_s or 0.0), limits.retry_delay_max_s)
-        self._metrics.retries.labels(error.code.value).inc()
-        failed = replace(item, delivery=replace(item.delivery, attempt=made))
-        self._to_publish.put(Postponed(failed, error, delay_s))
 
     # -- cache thread --------------------------------------------------------------------------------------------
 
@@ -442,12 +367,4 @@ class Pipeline:
     def _land_failed(self, leader: Item, flight: Flight, error: ItemError) -> None:
         """The same bytes fail the same way: identical images that waited share the leader's error."""
         for item in (leader, *self._flights.done(flight)):
-            self._to_publish.put(_failed(item, error, flight.sha256))
-
-
-def _attempted(error: ItemError) -> bool:
-    return not isinstance(error, TransientItemError) or error.attempted
-
-
-def _failed(item: Item, error: ItemError, sha256: str | None = None) -> Failed:
-    return Failed(item.record, item.delivery, error, item.event, item.timings, sha256)
+            self._to_publish.put(Failed.of(item, error, flight.sha256))

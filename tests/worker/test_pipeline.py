@@ -472,4 +472,4 @@ def test_many_small_images_are_fetched_at_a_time(house: House) -> None:
         house.send(f"url-{number}")
     house.settle(30)
     assert len(house.publisher.verdicts) == 40
-    assert house.pipeline._expected_size.bytes < 100
+    assert house.pipeline._fetching.expected_size.bytes < 100
