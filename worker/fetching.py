@@ -1,4 +1,4 @@
-"""One image from its host into the budget: room first, then the fetch, one repeat in place; or where its event goes without it."""
+"""One image from its host into the budget: room first, the fetch, one repeat in place; or where its event goes without it."""
 
 from __future__ import annotations
 
