@@ -50,7 +50,7 @@ class KafkaStart(Generic[Clients]):
                 self._stack.close()
 
     def _open(self) -> None:
-        thread_names.set_current("kafka-open")
+        thread_names.set_current("kafka clients")  # which the threads they start inherit
         try:
             self._clients.append(self._opening(self._stack))
         except Exception as error:  # noqa: BLE001 - raised again in the main thread, which knows what each means

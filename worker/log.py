@@ -111,6 +111,7 @@ def _route_standard_library(
 ) -> None:
     """kafka, redis, httpx and obstore log into the same lines, from WARNING on and not too often."""
     handler = _ForeignHandler(lines)
+    handler.addFilter(_is_news)
     handler.addFilter(RateLimit(FOREIGN_INTERVAL_S))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -126,6 +127,13 @@ def _route_standard_library(
     # Not `level`: other handlers read warnings too (`kafka_clients` learns from them why a connection failed).
     root.setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of another library says anything. That a request was cancelled, as kafka-python reports at ERROR of every client
+    that is closed on purpose while it asks, does not: what ends a connection otherwise has a name and an error of its own."""
+    arguments = record.args if isinstance(record.args, tuple) else ()
+    return not (record.name.startswith("kafka.") and any(type(argument).__name__ == "Cancelled" for argument in arguments))
 
 
 class RateLimit(logging.Filter):

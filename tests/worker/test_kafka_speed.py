@@ -65,6 +65,11 @@ def test_a_socket_gives_all_it_holds_then_nothing_then_its_end() -> None:
         assert data == b"" and isinstance(error, errors.KafkaConnectionError)
 
 
+def test_a_transport_that_was_closed_meanwhile_has_ended() -> None:
+    data, error = kafka_speed._sock_recv(SimpleNamespace(_sock=None))
+    assert data == b"" and isinstance(error, errors.KafkaConnectionError)
+
+
 def test_a_loop_hears_of_everything_though_most_wake_ups_are_spared() -> None:
     """Lost wake-ups would show as a wait for the loop's own time-out, 30 s."""
     assert kafka_speed.apply()

@@ -13,6 +13,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from kafka.errors import Cancelled, KafkaTimeoutError
 from pydantic import SecretStr
 
 from tests.worker.fake_clock import FakeClock
@@ -126,6 +127,14 @@ def test_other_libraries_log_from_warning_on_in_the_same_form() -> None:
     assert (first["event"], first["logger"], first["level"]) == ("lost broker", "kafka.conn", "warning")
     assert "wrong arguments" not in out.getvalue()
     assert out.getvalue().count("\n") == 2
+
+
+def test_what_was_cancelled_because_its_client_was_closed_is_no_news() -> None:
+    out = written()
+    logging.getLogger("kafka.cluster").error("Metadata refresh: failed %s", Cancelled())
+    logging.getLogger("kafka.cluster").error("Metadata refresh: failed %s", KafkaTimeoutError())
+    logging.getLogger("redis").error("asking: %s", Cancelled())
+    assert [(line["logger"], line["event"][:8]) for line in lines(out)] == [("kafka.cluster", "Metadata"), ("redis", "asking: ")]
 
 
 def test_a_higher_level_mutes_other_libraries_but_not_other_handlers() -> None:
