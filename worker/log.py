@@ -130,8 +130,11 @@ def _route_standard_library(
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of another library says anything. That a request was cancelled, as kafka-python reports at ERROR of every client
-    that is closed on purpose while it asks, does not: what ends a connection otherwise has a name and an error of its own."""
+    """Whether a line of another library says anything.
+
+    That a request was cancelled, as kafka-python reports at ERROR of every client that is closed on purpose while it asks, does
+    not: what ends a connection otherwise has a name and an error of its own.
+    """
     arguments = record.args if isinstance(record.args, tuple) else ()
     return not (record.name.startswith("kafka.") and any(type(argument).__name__ == "Cancelled" for argument in arguments))
 
