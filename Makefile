@@ -15,7 +15,7 @@ help:
 	@echo "make demo   the whole path on this machine: embedded broker and cache, worker, sample images (IMAGES=DIR, ONCE=1)"
 	@echo "make test   every test that needs no GPU and no network beyond package installation"
 	@echo "make lint   ruff, mypy, import-linter"
-	@echo "make bench  benchmarks; JSON under benchmarks/results/ and a table (QUICK=1, REPEAT=3); make bench-peers: beside FastStream, LitServe, Mosec"
+	@echo "make bench  benchmarks; JSON under benchmarks/results/ and a table (QUICK=1, REPEAT=3); make bench-peers: beside FastStream, LitServe, Mosec, Ray Serve"
 	@echo "make chaos  faults under load on Apache Kafka, then the books: MINUTES=10 SEED= NODES=3 WORKERS=3 EVENTS= FAULTS= DELIVERY= OUT=,"
 	@echo "            SCENARIO=faults, members (that come and go) or outage (every broker gone for a minute)"
 	@echo "make soak   full rate for MINUTES=60: memory, descriptors and threads flat, books balanced"

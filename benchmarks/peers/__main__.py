@@ -31,7 +31,7 @@ from benchmarks.peers.measures import killed, latency, released, throughput
 from benchmarks.peers.pictures import MIXED, mixed
 from benchmarks.pipeline import jpegs
 
-PACKAGES = ("faststream", "aiokafka", "litserve", "mosec", "openvino")
+PACKAGES = ("faststream", "aiokafka", "litserve", "mosec", "ray", "openvino")
 PARTS = ("throughput", "latency", "busy", "kills", "released")
 BUSY = 0.8
 """Share of the best peer's throughput at which it and this worker are compared once more."""

@@ -77,6 +77,15 @@ def _mosec(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]
     ]
 
 
+def _ray(bootstrap: str, model: str) -> list[tuple[list[str], dict[str, str]]]:
+    port, ready = str(free_port()), str(free_port())
+    url = f"http://127.0.0.1:{port}/predict"
+    return [
+        (_python("ray_app"), _environment(bootstrap, model, PEER_PORT=ready, PEER_SERVE_PORT=port)),
+        (_python("http_consumer"), _environment(bootstrap, model, PEER_URL=url)),
+    ]
+
+
 CONTESTANTS = (
     Contestant("this worker", _ours, "code-worker", ours=True),
     Contestant("this worker, two processes", _ours_twice, "code-worker", ours=True),
@@ -84,6 +93,7 @@ CONTESTANTS = (
     Contestant("FastStream, two processes", _faststream_twice),
     Contestant("aiokafka + LitServe", _litserve),
     Contestant("aiokafka + Mosec", _mosec),
+    Contestant("aiokafka + Ray Serve", _ray),
 )
 
 
