@@ -33,7 +33,7 @@ from benchmarks.pipeline import jpegs
 
 PACKAGES = ("faststream", "aiokafka", "litserve", "mosec", "ray", "openvino")
 PARTS = ("throughput", "latency", "busy", "kills", "released")
-BUSY = 0.8
+BUSY = 0.65
 """Share of the best peer's throughput at which it and this worker are compared once more."""
 
 

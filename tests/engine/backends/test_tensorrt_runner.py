@@ -34,7 +34,8 @@ def plain(*brightness: int) -> np.ndarray:
 def check(outputs: object, crops: np.ndarray) -> None:
     expected = embedding_of(crops)
     np.testing.assert_array_equal(outputs.embedding, expected)  # type: ignore[attr-defined]
-    np.testing.assert_array_equal(outputs.raw, HEADS.raw_scores(expected))  # type: ignore[attr-defined]
+    # A padded batch is another shape to the matrix product, which some processors then sum in another order.
+    np.testing.assert_allclose(outputs.raw, HEADS.raw_scores(expected), rtol=0, atol=1e-6)  # type: ignore[attr-defined]
 
 
 @settings(max_examples=40, deadline=None)
