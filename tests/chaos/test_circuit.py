@@ -38,15 +38,24 @@ def test_the_circuit_of_a_whole_worker_opens_holds_and_closes(broker: EmbeddedBr
     with Run(plan, EmbeddedBrokers(broker), tmp_path) as run:
         for planned in [*good, *bad, *later]:
             run.books.expect(planned)
-        sent = {"good": True}
+        sent = {"good": True, "bad": False}
 
         def wait_s(number: int) -> float:
-            """The later ones stay at home until the circuit has opened."""
-            return 0.05 if number >= len(good) + len(bad) and sent["good"] else 0.0
+            """Bad ones wait for the scores of the good: one in between begins the count anew. Later ones wait for the open circuit."""
+            if number >= len(good) + len(bad):
+                return 0.05 if sent["good"] else 0.0
+            return 0.05 if number >= len(good) and not sent["bad"] else 0.0
+
+        def scored() -> bool:
+            verdicts = (value for name, value in run.workers.metrics(0).items() if name.startswith("code_worker_verdicts_total{"))
+            return sum(verdicts) >= len(good)
 
         run.start()
         begun = closed_at = time.monotonic()
         uploader = run.upload([*good, *bad, *later], wait_s)
+        run.wait(scored, 120, "verdicts of the good ones")
+        sent["bad"] = True
+        begun = time.monotonic()
 
         def intake() -> bool:
             """What /readyz says; it answers 503 exactly while something is missing."""
