@@ -68,8 +68,8 @@ def opened(data: bytes, rng: np.random.Generator) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", whole.size, (grey, grey, grey, 255)), whole).convert("RGB")
 
 
-def crops(photograph: Image.Image, count: int, rng: np.random.Generator) -> Iterator[Image.Image]:
-    """`count` crops of 320 px: the first quarter (or one) at the picture's own resolution, the others after it was made smaller.
+def crops(photograph: Image.Image, count: int, native: int, rng: np.random.Generator) -> Iterator[Image.Image]:
+    """`count` crops of 320 px: the first `native` at the picture's own resolution, the others after it was made smaller.
 
     The scale is log-uniform between one and what leaves a shorter side of 320 px, the resampling filter is drawn too. A picture
     that is smaller than that gives squares of its shorter side.
@@ -77,7 +77,7 @@ def crops(photograph: Image.Image, count: int, rng: np.random.Generator) -> Iter
     square = min(SIDE_PX, *photograph.size)
     smallest = square / min(photograph.size)
     for number in range(count):
-        scale = float(np.exp(rng.uniform(np.log(smallest), 0.0))) if number >= max(1, count // 4) else 1.0
+        scale = float(np.exp(rng.uniform(np.log(smallest), 0.0))) if number >= native else 1.0
         side = min(round(square / scale), *photograph.size)
         left, top = (int(rng.integers(extent - side + 1)) for extent in photograph.size)
         if scale == 1.0:
@@ -97,8 +97,10 @@ def write(unpacked: Path, out: Path, packages: Sequence[Package], seed: int = 0)
         held_out = number % HELD_OUT_OF == HELD_OUT_OF - 1
         split = JUDGE if package.judge else "val" if held_out else "train"
         count = package.crops if split == "train" else max(1, package.crops // 4)
+        # What version 2026.11.27 was made with stays as it was: none of two crops at the picture's own resolution.
+        native = count // 4 if package in FIRST else max(1, count // 4)
         rng = np.random.default_rng((seed, number))
-        for i, crop in enumerate(crops(opened(data, rng), count, rng)):
+        for i, crop in enumerate(crops(opened(data, rng), count, native, rng)):
             file = folder / f"{number:03d}-{i:02d}.webp"
             crop.save(file, "WEBP", lossless=True, method=0)
             rows.append({

@@ -67,12 +67,12 @@ def test_crops_are_cut_at_the_photograph_s_own_resolution_and_at_smaller_scales(
     # Grey levels tell where a pixel lies: a ramp of one level for 16 px.
     ramp = np.repeat(np.arange(100, dtype=np.uint8), 16)
     photograph = Image.fromarray(np.broadcast_to(ramp[None, :, None], (1000, 1600, 3)).copy())
-    cut = [np.asarray(crop) for crop in photographs.crops(photograph, 12, np.random.default_rng(0))]
+    cut = [np.asarray(crop) for crop in photographs.crops(photograph, 12, 3, np.random.default_rng(0))]
     assert {crop.shape for crop in cut} == {(320, 320, 3)}
     spans = [int(crop[0, -1, 0]) - int(crop[0, 0, 0]) + 1 for crop in cut]
     assert spans[:3] == [20, 20, 20]  # 320 px of the original, on its 16 px grid
     assert max(spans) > 30 and min(spans) >= 20
-    again = [np.asarray(crop) for crop in photographs.crops(photograph, 12, np.random.default_rng(0))]
+    again = [np.asarray(crop) for crop in photographs.crops(photograph, 12, 3, np.random.default_rng(0))]
     assert all((a == b).all() for a, b in zip(cut, again, strict=True))
 
 
@@ -105,7 +105,7 @@ def test_packages_are_told_apart_and_the_first_ones_stand_first() -> None:
 
 def test_a_picture_smaller_than_a_crop_gives_squares_of_its_shorter_side() -> None:
     small = picture(3, 260, 500)
-    assert [crop.size for crop in photographs.crops(small, 3, np.random.default_rng(1))] == [(260, 260)] * 3
+    assert [crop.size for crop in photographs.crops(small, 3, 1, np.random.default_rng(1))] == [(260, 260)] * 3
 
 
 def test_what_is_transparent_lies_on_a_grey() -> None:
