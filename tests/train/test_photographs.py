@@ -13,8 +13,8 @@ from PIL import Image
 
 from tests.train.pictures import corpus, picture
 from train import photographs, qt_resources
-from train.data import DataError, read_manifest
-from train.photographs import Package
+from train.data import DataError, read_manifest, trained_sources
+from train.packages import DEBIAN, FIRST, PACKAGES, Package
 
 
 def resource_file(path: Path, files: dict[str, bytes], *, version: int = 1, compressed: tuple[str, ...] = ()) -> Path:
@@ -67,12 +67,12 @@ def test_crops_are_cut_at_the_photograph_s_own_resolution_and_at_smaller_scales(
     # Grey levels tell where a pixel lies: a ramp of one level for 16 px.
     ramp = np.repeat(np.arange(100, dtype=np.uint8), 16)
     photograph = Image.fromarray(np.broadcast_to(ramp[None, :, None], (1000, 1600, 3)).copy())
-    cut = [np.asarray(crop) for crop in photographs.crops(photograph, 12, np.random.default_rng(0))]
+    cut = [np.asarray(crop) for crop in photographs.crops(photograph, 12, 3, np.random.default_rng(0))]
     assert {crop.shape for crop in cut} == {(320, 320, 3)}
     spans = [int(crop[0, -1, 0]) - int(crop[0, 0, 0]) + 1 for crop in cut]
     assert spans[:3] == [20, 20, 20]  # 320 px of the original, on its 16 px grid
     assert max(spans) > 30 and min(spans) >= 20
-    again = [np.asarray(crop) for crop in photographs.crops(photograph, 12, np.random.default_rng(0))]
+    again = [np.asarray(crop) for crop in photographs.crops(photograph, 12, 3, np.random.default_rng(0))]
     assert all((a == b).all() for a, b in zip(cut, again, strict=True))
 
 
@@ -94,10 +94,55 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return unpacked
 
 
+def test_packages_are_told_apart_and_the_first_ones_stand_first() -> None:
+    assert PACKAGES[: len(FIRST)] == FIRST
+    sources = [package.source for package in PACKAGES]
+    assert len(set(sources)) == len(sources) and len(set(DEBIAN)) == len(DEBIAN)
+    judges = {(package.kind, package.judge) for package in PACKAGES}
+    assert judges == {("camera", False), ("camera", True), ("human-art", False), ("human-art", True)}
+    assert not any(package.judge for package in FIRST)
+
+
+def test_a_picture_smaller_than_a_crop_gives_squares_of_its_shorter_side() -> None:
+    small = picture(3, 260, 500)
+    assert [crop.size for crop in photographs.crops(small, 3, 1, np.random.default_rng(1))] == [(260, 260)] * 3
+
+
+def test_what_is_transparent_lies_on_a_grey() -> None:
+    held = io.BytesIO()
+    Image.new("RGBA", (8, 8), (200, 10, 10, 0)).save(held, "PNG")
+    greys = set()
+    for seed in range(20):
+        rgb = np.asarray(photographs.opened(held.getvalue(), np.random.default_rng(seed)))
+        assert rgb.shape == (8, 8, 3) and len(np.unique(rgb)) == 1
+        greys.add(int(rgb[0, 0, 0]))
+    assert 255 in greys and len(greys) > 3
+
+
+def test_a_source_that_judges_is_neither_for_training_nor_for_validation(packages: Path, tmp_path: Path) -> None:
+    known = (
+        Package("art", "CC0", "share", ("photo-*.jpg",), crops=8, kind="human-art"),
+        Package("judge", "CC0", "share", ("photo-*.jpg",), crops=8, smallest=100, judge=True),
+    )
+    out = tmp_path / "data"
+    photographs.joined(corpus(tmp_path / "corpus"), photographs.write(packages, out, known), out)
+    entries = read_manifest(out)
+    assert {e.split for e in entries if e.source == "judge"} == {photographs.JUDGE}
+    assert len({e.group for e in entries if e.source == "judge"}) == 5
+    assert {e.generator for e in entries if e.source == "art"} == {"human-art"}
+    assert "art" in trained_sources(out) and "judge" not in trained_sources(out)
+
+
+def test_the_packages_to_fetch_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["photographs", "--packages"])
+    assert photographs.main() == 0
+    assert capsys.readouterr().out.split() == list(DEBIAN)
+
+
 def test_photographs_stand_beside_the_corpus_and_a_photograph_is_on_one_side_alone(packages: Path, tmp_path: Path) -> None:
     beside = corpus(tmp_path / "corpus")
     out = tmp_path / "data"
-    rows = photographs.write(packages, out)
+    rows = photographs.write(packages, out, photographs.PACKAGES)
     assert photographs.joined(beside, rows, out) == 12 + 3 * 8 + 2 + 4
     entries = read_manifest(out)
     assert all(entry.path.exists() for entry in entries)
