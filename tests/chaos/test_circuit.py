@@ -41,7 +41,7 @@ def test_the_circuit_of_a_whole_worker_opens_holds_and_closes(broker: EmbeddedBr
         sent = {"good": True, "bad": False}
 
         def wait_s(number: int) -> float:
-            """Bad ones wait for the scores of the good (one in between begins the count anew), later ones for the open circuit."""
+            """Bad ones wait for the scores of the good (one in between begins the count anew), later ones for an open circuit."""
             if number >= len(good) + len(bad):
                 return 0.05 if sent["good"] else 0.0
             return 0.05 if number >= len(good) and not sent["bad"] else 0.0
