@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,15 +128,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeat < 1:
         parser.error("--repeat: at least 1")
-    for name in arguments.parts or PARTS:
-        began = time.monotonic()
-        part = PARTS[name]
-        figures = run(part, QUICK if arguments.quick else FULL, arguments.repeat)
-        if figures is not None:
-            _show(part.title, {key: value for key, value in figures.items() if key not in part.hidden})
-            if (plot := plots.draw(part.file)) is not None:
-                sys.stderr.write(f"{plot}\n")
-        sys.stderr.write(f"{name}: {time.monotonic() - began:.0f} s\n")
+    names = arguments.parts or list(PARTS)
+    if len(names) > 1:
+        sys.exit(_each(names, sys.argv[1:]))
+    began = time.monotonic()
+    part = PARTS[names[0]]
+    figures = run(part, QUICK if arguments.quick else FULL, arguments.repeat)
+    if figures is not None:
+        _show(part.title, {key: value for key, value in figures.items() if key not in part.hidden})
+        if (plot := plots.draw(part.file)) is not None:
+            sys.stderr.write(f"{plot}\n")
+    sys.stderr.write(f"{names[0]}: {time.monotonic() - began:.0f} s\n")
+
+
+def _each(names: Sequence[str], given: Sequence[str]) -> int:
+    """Every part in a process of its own: no library's threads or memory of one lie in the way of the next, and one that ends badly
+    does not take the others along. Returns 1 where one did."""
+    options = [word for word in given if word not in names]
+    failed = [name for name in names if subprocess.run([sys.executable, "-m", "benchmarks", *options, name]).returncode]
+    for name in failed:
+        sys.stderr.write(f"{name}: failed\n")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,28 @@ def test_parts_are_run_at_their_scale_and_a_wrong_one_is_named(
     with pytest.raises(SystemExit) as ended:
         suite.main()
     assert ended.value.code == 2 and "two" in capsys.readouterr().err
+
+
+def test_several_parts_have_a_process_each_and_one_that_ends_badly_is_named_after_the_others_have_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    def runs(command: list[str]) -> subprocess.CompletedProcess[str]:
+        asked.append(command[1:])
+        return subprocess.CompletedProcess(command, -11 if command[-1] == "shapes" else 0)
+
+    monkeypatch.setattr(subprocess, "run", runs)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--repeat", "2", "--quick", "decode", "shapes", "cache"])
+    with pytest.raises(SystemExit) as ended:
+        suite.main()
+    assert ended.value.code == 1 and "shapes: failed" in capsys.readouterr().err
+    assert asked == [["-m", "benchmarks", "--repeat", "2", "--quick", name] for name in ("decode", "shapes", "cache")]
+    asked.clear()
+    monkeypatch.setattr("sys.argv", ["benchmarks"])
+    with pytest.raises(SystemExit):
+        suite.main()
+    assert [command[-1] for command in asked] == list(suite.PARTS)
 
 
 def test_the_share_of_known_pictures_is_as_asked_for() -> None:
