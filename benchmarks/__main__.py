@@ -142,8 +142,10 @@ def main() -> None:
 
 
 def _each(names: Sequence[str], given: Sequence[str]) -> int:
-    """Every part in a process of its own: no library's threads or memory of one lie in the way of the next, and one that ends badly
-    does not take the others along. Returns 1 where one did."""
+    """Every part in a process of its own; returns 1 where one ended badly.
+
+    No library's threads or memory of one part lie in the way of the next, and one that ends badly does not take the others along.
+    """
     options = [word for word in given if word not in names]
     failed = [name for name in names if subprocess.run([sys.executable, "-m", "benchmarks", *options, name]).returncode]
     for name in failed:
