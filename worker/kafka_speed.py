@@ -66,11 +66,12 @@ def _has_map() -> bool:
 def _sock_recv(self: Any) -> tuple[bytes, Exception | None]:
     """What the socket holds; more than `RECEIVE_BYTES` waits for the next turn of the client's loop, which comes at once.
 
-    A client that was closed meanwhile has no socket any more: an end like any other; the client's own reading logs a traceback.
+    A client that was closed meanwhile has no socket any more, or nobody who takes what is read: an end like any other; the
+    client's own reading logs a traceback.
     """
     from kafka import errors
 
-    if self._sock is None:
+    if self._sock is None or self._protocol is None:
         return b"", errors.KafkaConnectionError("closed")
     try:
         data = self._sock.recv(RECEIVE_BYTES)

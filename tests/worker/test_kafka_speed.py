@@ -53,7 +53,7 @@ def test_a_socket_gives_all_it_holds_then_nothing_then_its_end() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        client = SimpleNamespace(_sock=ours)
+        client = SimpleNamespace(_sock=ours, _protocol=object())
         assert kafka_speed._sock_recv(client) == (b"", None)
         theirs.sendall(b"x" * 50_000)
         assert kafka_speed._sock_recv(client) == (b"x" * 50_000, None)
@@ -66,8 +66,12 @@ def test_a_socket_gives_all_it_holds_then_nothing_then_its_end() -> None:
 
 
 def test_a_transport_that_was_closed_meanwhile_has_ended() -> None:
-    data, error = kafka_speed._sock_recv(SimpleNamespace(_sock=None))
-    assert data == b"" and isinstance(error, errors.KafkaConnectionError)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"late")
+        for transport in (SimpleNamespace(_sock=None, _protocol=object()), SimpleNamespace(_sock=ours, _protocol=None)):
+            data, error = kafka_speed._sock_recv(transport)
+            assert data == b"" and isinstance(error, errors.KafkaConnectionError)
 
 
 def test_a_loop_hears_of_everything_though_most_wake_ups_are_spared() -> None:
