@@ -17,14 +17,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from benchmarks import record
+from benchmarks.kafka_ends import Uploads, Verdicts
 from benchmarks.pipeline import jpegs
 from worker.clock import Deadline
 from worker.embedded import EmbeddedCache
@@ -78,8 +78,11 @@ def one_run(
     )
     ensure_topics(settings, Deadline(60))
     _produce(pictures, settings)
-    with tempfile.TemporaryDirectory() as scratch, _worker(mode, settings, cache, Path(scratch), max_in_flight) as process:
-        verdicts = _Verdicts(settings)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _worker(mode, settings, cache, Path(scratch), max_in_flight) as process,
+        closing(_Verdicts(settings)) as verdicts,
+    ):
         first = verdicts.wait(len(pictures) // 5, process)
         cpu, wall = _cpu(process), time.perf_counter()
         verdicts.wait(len(pictures), process)
@@ -118,36 +121,33 @@ def _worker(
 
 
 def _produce(pictures: list[bytes], settings: KafkaSettings) -> None:
-    producer = KafkaProducer(bootstrap_servers=list(settings.bootstrap_servers), acks="all", linger_ms=5)
+    producer = Uploads(",".join(settings.bootstrap_servers), linger_ms=5, acks="all")
     for number, picture in enumerate(pictures):
         headers = [("content-type", b"image/jpeg"), ("event_id", f"picture-{number}".encode())]
-        producer.send(settings.upload_topics[0], picture, headers=headers, partition=number % 4)
+        producer.send(settings.upload_topics[0], picture, headers, number % 4)
     producer.flush()
-    producer.close()
 
 
 class _Verdicts:
     """Counts verdicts as a reader of committed records."""
 
     def __init__(self, settings: KafkaSettings) -> None:
-        self._consumer = KafkaConsumer(
-            bootstrap_servers=list(settings.bootstrap_servers),
-            auto_offset_reset="earliest",
-            enable_auto_commit=False,
-            isolation_level="read_committed",
-        )
-        topic = settings.verdict_topic
-        self._consumer.assign([TopicPartition(topic, number) for number in self._consumer.partitions_for_topic(topic) or ()])
+        bootstrap = ",".join(settings.bootstrap_servers)
+        self._verdicts = Verdicts(bootstrap, settings.verdict_topic, **{"isolation.level": "read_committed"})
         self._seen = 0
 
     def wait(self, count: int, process: subprocess.Popen[bytes]) -> int:
         """Until `count` were seen; how many were."""
         deadline = time.monotonic() + 900
         while self._seen < count:
-            self._seen += sum(len(records) for records in self._consumer.poll(100).values())
+            self._seen += len(self._verdicts.read(0.1))
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the worker ended or stalled at {self._seen} of {count} verdicts")
         return self._seen
+
+    def close(self) -> None:
+        """Let go of the broker."""
+        self._verdicts.close()
 
 
 def _cpu(process: subprocess.Popen[bytes]) -> float:

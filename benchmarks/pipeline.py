@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import psutil
-from kafka import KafkaConsumer, TopicPartition
 from PIL import Image
 
 from benchmarks import decode, record
-from benchmarks.uploads import CLIENT_BATCH_BYTES, Upload, inline, produce
+from benchmarks.kafka_ends import CLIENT_BATCH_BYTES, Verdicts
+from benchmarks.uploads import Upload, inline, produce
 from engine import images
 from engine.detector import Detector
 from worker.clock import Deadline
@@ -124,7 +124,7 @@ def path(
             )
             for number in range(processes)
         ]
-        verdicts = _Verdicts(broker.bootstrap)
+        verdicts = stack.enter_context(closing(_Verdicts(broker.bootstrap)))
         seen = verdicts.wait(warm_up, workers)
         before, wall = _cpu_by_stage(workers), time.perf_counter()
         last = verdicts.wait(len(uploads) - len(uploads) // LEFT_OUT_OF, workers)
@@ -180,31 +180,26 @@ class _Verdicts:
     """Counts verdicts."""
 
     def __init__(self, bootstrap: str) -> None:
-        self._consumer = KafkaConsumer(
-            bootstrap_servers=bootstrap,
-            auto_offset_reset="earliest",
-            enable_auto_commit=False,
-            max_poll_records=50,  # the warm-up ends within so many of its end
-            fetch_min_bytes=2**20,  # ten answers a second, not one for every verdict: whoever counts must not share the cores
-            fetch_max_wait_ms=100,
-        )
-        self._consumer.assign(
-            [TopicPartition("image.verdicts", p) for p in self._consumer.partitions_for_topic("image.verdicts") or ()]
-        )
+        # Ten answers a second, not one for every verdict: whoever counts must not share the cores.
+        self._verdicts = Verdicts(bootstrap, "image.verdicts", **{"fetch.min.bytes": 2**20, "fetch.wait.max.ms": 100})
         self._seen = 0
 
     def wait(self, count: int, workers: list[subprocess.Popen[bytes]]) -> int:
         """Until `count` verdicts were seen, none of them of a failure. Returns how many were."""
         deadline = time.monotonic() + 600
         while self._seen < count:
-            for records in self._consumer.poll(200).values():
-                self._seen += len(records)
-                failed = [verdict for r in records if (verdict := json.loads(r.value))["reason"] is not None]
-                if failed:
-                    raise SystemExit(f"an event failed: {failed[0]['reason']}")
+            found = self._verdicts.read(0.2, at_most=50)  # the warm-up ends within so many of its end
+            self._seen += len(found)
+            failed = [reason for body in found if (reason := json.loads(body)["reason"]) is not None]
+            if failed:
+                raise SystemExit(f"an event failed: {failed[0]}")
             if any(worker.poll() is not None for worker in workers) or time.monotonic() > deadline:
                 raise SystemExit(f"the worker ended or stalled at {self._seen} of {count} verdicts")
         return self._seen
+
+    def close(self) -> None:
+        """Let go of the broker."""
+        self._verdicts.close()
 
 
 def _cpu_by_stage(workers: list[subprocess.Popen[bytes]]) -> dict[str, float]:

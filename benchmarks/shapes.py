@@ -24,7 +24,8 @@ from typing import Any
 
 from benchmarks import decode, pipeline, record
 from benchmarks.compare import merge
-from benchmarks.uploads import CLIENT_BATCH_BYTES, Upload, by_reference, inline, slow_host
+from benchmarks.kafka_ends import CLIENT_BATCH_BYTES
+from benchmarks.uploads import Upload, by_reference, inline, slow_host
 
 SHARES = (0.0, 0.5, 0.9, 1.0)
 KNOWN = 64

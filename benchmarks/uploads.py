@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kafka import KafkaProducer
+from benchmarks.kafka_ends import CLIENT_BATCH_BYTES
+from benchmarks.kafka_ends import Uploads as Producer
 
 HEADERS = 8 * 1024
 """Bytes of a request's head that are read at most."""
@@ -39,24 +40,14 @@ def by_reference(urls: Sequence[str]) -> list[Upload]:
     ]
 
 
-CLIENT_BATCH_BYTES = 16_384
-"""What kafka-python's producer puts into one record batch where nobody says otherwise: images come alone then."""
-
-
 def produce(uploads: Sequence[Upload], bootstrap: str, batch_bytes: int = CLIENT_BATCH_BYTES) -> None:
     """Into `image.uploads`, in order, dealt to its partitions one by one: who owns half of them has half of the work."""
-    producer = KafkaProducer(
-        bootstrap_servers=bootstrap,
-        compression_type="lz4",
-        linger_ms=5 if batch_bytes == CLIENT_BATCH_BYTES else 50,
-        batch_size=batch_bytes,
-        max_request_size=32_000_000,
-    )
-    partitions = len(producer.partitions_for("image.uploads"))
+    linger_ms = 5 if batch_bytes == CLIENT_BATCH_BYTES else 50
+    producer = Producer(bootstrap, linger_ms, batch_bytes, **{"compression.type": "lz4"})
+    partitions = producer.partitions("image.uploads")
     for number, upload in enumerate(uploads):
-        producer.send("image.uploads", upload.value, headers=list(upload.headers), partition=number % partitions)
+        producer.send("image.uploads", upload.value, upload.headers, number % partitions)
     producer.flush()
-    producer.close()
 
 
 @contextmanager

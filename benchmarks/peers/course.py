@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
+from benchmarks.kafka_ends import Committed, Uploads, Verdicts
 from benchmarks.peers.contestants import Contestant
 from worker.clock import Deadline
 from worker.embedded import EmbeddedBroker
@@ -33,13 +33,8 @@ class Field:
     def __init__(self, broker: EmbeddedBroker) -> None:
         self.bootstrap = broker.bootstrap
         ensure_topics(KafkaSettings(bootstrap_servers=(broker.bootstrap,), create_topics=True), Deadline(60))
-        self._producer = KafkaProducer(
-            bootstrap_servers=broker.bootstrap, compression_type="lz4", linger_ms=1, max_request_size=8_000_000
-        )
-        self._consumer = KafkaConsumer(bootstrap_servers=broker.bootstrap, enable_auto_commit=False, fetch_max_wait_ms=5)
-        parts = [TopicPartition("image.verdicts", p) for p in self._consumer.partitions_for_topic("image.verdicts") or ()]
-        self._consumer.assign(parts)
-        self._consumer.seek_to_beginning(*parts)
+        self._uploads = Uploads(broker.bootstrap, **{"compression.type": "lz4"})
+        self._verdicts = Verdicts(broker.bootstrap, "image.verdicts", **{"fetch.wait.max.ms": 5})
         self.seen: dict[str, list[float]] = {}
         """Moments (monotonic) at which verdicts of an event came, by its id."""
 
@@ -47,18 +42,21 @@ class Field:
         ids = [f"{prefix}-{number}" for number in range(len(pictures))]
         for event_id, picture in zip(ids, pictures, strict=True):
             self.send_one(event_id, picture)
-        self._producer.flush()
+        self._uploads.flush()
         return ids
 
     def send_one(self, event_id: str, picture: bytes) -> None:
         headers = [("content-type", b"image/jpeg"), ("event_id", event_id.encode())]
-        self._producer.send("image.uploads", picture, headers=headers)
+        self._uploads.send("image.uploads", picture, headers)
 
     def look(self, wait_s: float = 0.02) -> None:
-        for records in self._consumer.poll(int(wait_s * 1000)).values():
-            now = time.monotonic()
-            for found in records:
-                self.seen.setdefault(json.loads(found.value)["event_id"], []).append(now)
+        found = self._verdicts.read(wait_s)
+        now = time.monotonic()
+        for verdict in found:
+            self.seen.setdefault(json.loads(verdict)["event_id"], []).append(now)
+
+    def close(self) -> None:
+        self._verdicts.close()
 
     def wait(self, count: int, running: Running, within_s: float = 300) -> None:
         deadline = time.monotonic() + within_s
@@ -71,15 +69,12 @@ class Field:
     def settle(self, count: int, group: str, running: Running, within_s: float = 400) -> None:
         """Until the group has committed all `count` events and their verdicts are there, or none came for a while after that."""
         deadline, committed_at = time.monotonic() + within_s, float("inf")
-        with contextlib.closing(
-            KafkaConsumer(bootstrap_servers=self.bootstrap, group_id=group, enable_auto_commit=False)
-        ) as reader:
-            partitions = [TopicPartition("image.uploads", p) for p in reader.partitions_for_topic("image.uploads") or ()]
+        with contextlib.closing(Committed(self.bootstrap, group, "image.uploads")) as committed:
             while len(self.seen) < count or committed_at == float("inf"):
                 self.look(0.2)
                 running.check()
                 now = time.monotonic()
-                if committed_at == float("inf") and sum(reader.committed(partition) or 0 for partition in partitions) >= count:
+                if committed_at == float("inf") and committed.total() >= count:
                     committed_at = now
                 if now - committed_at > QUIET_S:
                     return

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ BEYOND = 300
 
 def throughput(contestant: Contestant, model: str, pictures: list[bytes], scratch: Path) -> dict[str, float]:
     """Events a second over a backlog that stands in the topic before the start; CPU and memory of all its processes."""
-    with EmbeddedBroker() as broker:
-        field = Field(broker)
+    with EmbeddedBroker() as broker, closing(Field(broker)) as field:
         field.send(pictures, "backlog")
         field.send(pictures[:BEYOND], "beyond")
         with running(contestant, field, model, scratch) as process:
@@ -46,35 +46,32 @@ def latency(
 ) -> dict[str, float]:
     """Milliseconds from a produced upload to its verdict, uploads coming at random moments, the same for everybody."""
     moments = poisson(rate_per_s, seconds, seed=5)
-    with EmbeddedBroker() as broker:
-        field = Field(broker)
-        with running(contestant, field, model, scratch) as process:
-            field.send(pictures[:WARM_UP], "warm")
-            field.wait(WARM_UP, process)
-            sent: dict[str, float] = {}
-            begun, before, others = time.monotonic(), process.cpu_s(), Others()
-            for number, moment in enumerate(moments):
-                while (left := begun + moment - time.monotonic()) > 0:
-                    field.look(min(left, 0.01))
-                event_id = f"paced-{number}"
-                sent[event_id] = time.monotonic()
-                field.send_one(event_id, pictures[number % len(pictures)])
-            field.wait(WARM_UP + len(sent), process)
-            taken = np.array([field.seen[event_id][0] - at for event_id, at in sent.items()]) * 1000
-            return {
-                "p50_ms": float(np.median(taken)),
-                "p99_ms": float(np.percentile(taken, 99)),
-                "cpu_s_per_1000": (process.cpu_s() - before) / len(sent) * 1000,
-                "others_share": others.share(),
-                "rate_per_s": rate_per_s,
-                "events": len(sent),
-            }
+    with EmbeddedBroker() as broker, closing(Field(broker)) as field, running(contestant, field, model, scratch) as process:
+        field.send(pictures[:WARM_UP], "warm")
+        field.wait(WARM_UP, process)
+        sent: dict[str, float] = {}
+        begun, before, others = time.monotonic(), process.cpu_s(), Others()
+        for number, moment in enumerate(moments):
+            while (left := begun + moment - time.monotonic()) > 0:
+                field.look(min(left, 0.01))
+            event_id = f"paced-{number}"
+            sent[event_id] = time.monotonic()
+            field.send_one(event_id, pictures[number % len(pictures)])
+        field.wait(WARM_UP + len(sent), process)
+        taken = np.array([field.seen[event_id][0] - at for event_id, at in sent.items()]) * 1000
+        return {
+            "p50_ms": float(np.median(taken)),
+            "p99_ms": float(np.percentile(taken, 99)),
+            "cpu_s_per_1000": (process.cpu_s() - before) / len(sent) * 1000,
+            "others_share": others.share(),
+            "rate_per_s": rate_per_s,
+            "events": len(sent),
+        }
 
 
 def killed(contestant: Contestant, model: str, pictures: list[bytes], scratch: Path) -> dict[str, int]:
     """Verdicts missing and doubled when all of it dies (-9) in the middle of a backlog and is started again."""
-    with EmbeddedBroker() as broker:
-        field = Field(broker)
+    with EmbeddedBroker() as broker, closing(Field(broker)) as field:
         ids = field.send(pictures, "killed")
         with running(contestant, field, model, scratch) as process:
             field.wait(len(pictures) // 3, process)
