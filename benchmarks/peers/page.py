@@ -66,14 +66,20 @@ def _course(title: str, course: dict[str, Any]) -> str:
     if (busy := course.get("busy")) is not None and quiet(busy):
         lines += ["", _busy(busy)]
     if (released := course.get("released")) is not None:
-        ways = (f"{way} {row['cpu_s_per_1000']:.2f}" for way, row in released["contestants"].items())
-        lines += ["", f"CPU s per 1,000 of the released way, from files without Kafka: {', '.join(ways)}."]
+        ways = (_released(way, row, quiet(throughput)) for way, row in released["contestants"].items())
+        lines += ["", f"The released way, from files and without Kafka: {'; '.join(ways)}."]
     if not quiet(throughput):
         lines += [
             "",
             "The machine was busy with other work: events/s and latency are not shown, for they would say who had luck.",
         ]
     return "\n".join(lines)
+
+
+def _released(way: str, row: dict[str, float], clock: bool) -> str:
+    name = {"one": "one image at a time", "dataloader": "a DataLoader's batches"}[way]
+    rate = f"{row['images_per_s']:.0f} images/s, " if clock else ""
+    return f"{name} {rate}{row['cpu_s_per_1000']:.2f} CPU s per 1,000, {row['memory_mib']:.0f} MiB"
 
 
 def _about_latency(latency: dict[str, Any] | None) -> str:

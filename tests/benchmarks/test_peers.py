@@ -24,7 +24,7 @@ def course(**peer: float) -> dict[str, Any]:
         "picture": "small",
         "throughput": {"made": made, "contestants": {OURS: own, "peer": own | peer}},
         "latency": {"made": made, "contestants": {OURS: calm, "peer": calm | peer}},
-        "released": {"made": made, "contestants": {"one": {"images_per_s": 50.0, "cpu_s_per_1000": 9.0}}},
+        "released": {"made": made, "contestants": {"one": {"images_per_s": 50.0, "cpu_s_per_1000": 9.0, "memory_mib": 300.0}}},
     }
 
 
@@ -43,7 +43,7 @@ def test_a_peer_that_is_ahead_is_named_and_one_behind_is_not() -> None:
     text = page.tables(result(course(events_per_s=125.0, p50_ms=40.0)))
     assert "events/s 0.80 times peer's (**the peer is ahead**)" in text
     assert "p50, ms 0.50 times peer's;" in text
-    assert "| peer | 125 |" in text and "one 9.00" in text
+    assert "| peer | 125 |" in text and "one image at a time 50 images/s, 9.00 CPU s per 1,000, 300 MiB." in text
 
 
 def test_a_busy_machine_shows_what_a_clock_cannot_spoil() -> None:
@@ -53,6 +53,7 @@ def test_a_busy_machine_shows_what_a_clock_cannot_spoil() -> None:
     text = page.tables(result(found))
     assert "| | CPU s per 1,000 | memory, MiB |" in text and "was busy" in text
     assert "CPU s per 1,000 2.00 times peer's (**the peer is ahead**)" in text
+    assert "one image at a time 9.00 CPU s" in text and "images/s" not in text
 
 
 def test_what_a_kill_cost_is_shown() -> None:
