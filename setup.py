@@ -30,12 +30,12 @@ class BuildWithModel(build_py):
         shutil.copy(models / "CURRENT", target / "CURRENT")
 
 
-# Needs a C compiler and libjpeg-turbo's headers (Debian: gcc libc6-dev libjpeg62-turbo-dev). Where they are missing the
-# installation goes on without it, and JPEGs are decoded whole (docs/images.md). The library itself is Pillow's.
+# Needs a C compiler (Debian: gcc libc6-dev). Where there is none the installation goes on without it, and JPEGs are decoded
+# whole (docs/images.md). The library itself is Pillow's.
 REGION = Extension(
     "engine._jpeg_region",
     ["engine/_jpeg_region.c", "engine/_jpeg_crop.c"],
-    depends=["engine/_jpeg_crop.h"],
+    depends=["engine/_jpeg_abi.h", "engine/_jpeg_crop.h"],
     libraries=["dl"],
     optional=True,
     py_limited_api=True,

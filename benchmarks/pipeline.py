@@ -6,18 +6,15 @@ by thread of the worker (each stage has threads of its own) and by decoder proce
 
 from __future__ import annotations
 
-import functools
 import io
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,18 +69,6 @@ def bare_pillow(pictures: list[bytes]) -> dict[str, float]:
     for picture in pictures:
         decode.pillow(picture)
     return {"cpu_s_per_1000": (time.process_time() - started) / len(pictures) * 1000}
-
-
-def on_all_cores(measure: Callable[[list[bytes]], dict[str, float]], pictures: list[bytes]) -> dict[str, float]:
-    """The same in as many processes at once as there are cores, as the path has it: their mean.
-
-    A core whose neighbour works has less of the caches and of the clock, so the same instructions take more CPU time.
-    """
-    cores = os.cpu_count() or 1
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(measure, [pictures[:8]] * cores))  # all of them are there and warm
-        found = list(pool.map(measure, [pictures] * cores))
-    return {name: sum(one[name] for one in found) / cores for name in found[0]}
 
 
 def bare_detector(pictures: list[bytes], seconds: float) -> dict[str, Any]:
@@ -247,12 +232,7 @@ def main(events: int, seconds: float) -> dict[str, Any]:
         "picture": f"{SIDE_PX}x{SIDE_PX} JPEG, {len(pictures[0]) // 1024} KiB, inline",
     }
     # Before and after the path they are compared with: a shared machine is not as fast a minute later.
-    decoders: dict[str, Callable[[list[bytes]], dict[str, float]]] = {
-        "bare_decode": bare_decode,
-        "bare_pillow": bare_pillow,
-        "bare_decode_on_all_cores": functools.partial(on_all_cores, bare_decode),
-        "bare_pillow_on_all_cores": functools.partial(on_all_cores, bare_pillow),
-    }
+    decoders = {"bare_decode": bare_decode, "bare_pillow": bare_pillow}
     bare = [{name: measure(pictures[:500]) for name, measure in decoders.items()}]
     figures["null_engine"] = path(inline(pictures), "benchmarks.null_worker", warm_up=events // 5)
     bare.append({name: measure(pictures[:500]) for name, measure in decoders.items()})
@@ -267,8 +247,7 @@ def main(events: int, seconds: float) -> dict[str, Any]:
     rate = figures["real_engine"]["events_per_s"]
     figures["path_over_detector_on_files"] = rate / figures["detector_on_files"]["images_per_s"]
     figures["path_over_bare_detector"] = rate / figures["bare_detector"]["images_per_s"]
-    cost = figures["null_engine"]["cpu_s_per_1000"]
-    for name in decoders:
-        figures[f"path_over_{name.removeprefix('bare_')}_cpu"] = cost / figures[name]["cpu_s_per_1000"]
+    figures["path_over_decode_cpu"] = figures["null_engine"]["cpu_s_per_1000"] / figures["bare_decode"]["cpu_s_per_1000"]
+    figures["path_over_pillow_cpu"] = figures["null_engine"]["cpu_s_per_1000"] / figures["bare_pillow"]["cpu_s_per_1000"]
     record.write("pipeline", figures)
     return figures

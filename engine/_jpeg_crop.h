@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdio.h>
 
-#include <jpeglib.h>
+#include "_jpeg_abi.h"
 
 #define MAX_PIECES 8
 

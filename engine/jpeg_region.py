@@ -5,7 +5,8 @@ last crop not even that. Of a baseline file the blocks of a crop are first copie
 lossless crop that walks through entropy-coded data faster than libjpeg does); of others libjpeg-turbo skips the rest by itself, a
 progressive one by a header that claims to end below its last crop: every scan of it is then read as far as that, and no further.
 The pixels are libjpeg-turbo's in both cases (`engine/_jpeg_region.c`), in the copy that Pillow's wheel carries. Both files are
-compiled where the project is installed with a C compiler and libjpeg-turbo's headers at hand; their absence costs time only.
+compiled where the project is installed with a C compiler at hand (the library's headers are not needed: `engine/_jpeg_abi.h`);
+its absence costs time only.
 
 Pillow's full decode decides what an image is and what counts as damaged. A file comes this way only where both must say the
 same: a header of known segments; 8-bit grey or YCbCr at 4:4:4, 4:2:2, 4:4:0 or 4:2:0, baseline or complete progressive; not one

@@ -1,7 +1,7 @@
 # Serving on CPUs, and the console: OpenVINO, no torch.   docker build -f deploy/docker/cpu.Dockerfile -t code-worker-cpu:0.1.0 .
 # The base is pinned by tag; whoever builds for production pins its digest: --build-arg PYTHON=python:3.11.13-slim-bookworm@sha256:…
 ARG PYTHON=python:3.11.13-slim-bookworm
-# The same Python with a compiler and libjpeg-turbo's headers: the installation compiles the decoder of JPEG regions.
+# The same Python with a compiler: the installation compiles the decoder of JPEG regions.
 ARG BUILD=python:3.11.13-bookworm
 
 FROM ${BUILD} AS build

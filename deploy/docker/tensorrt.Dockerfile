@@ -5,7 +5,7 @@
 # The driver is the node's: NVIDIA's container toolkit mounts it.
 # The base is pinned by tag; whoever builds for production pins its digest: --build-arg PYTHON=python:3.11.13-slim-bookworm@sha256:…
 ARG PYTHON=python:3.11.13-slim-bookworm
-# The same Python with a compiler and libjpeg-turbo's headers: the installation compiles the decoder of JPEG regions.
+# The same Python with a compiler: the installation compiles the decoder of JPEG regions.
 ARG BUILD=python:3.11.13-bookworm
 
 FROM ${BUILD} AS build
