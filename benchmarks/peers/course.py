@@ -66,6 +66,12 @@ class Field:
             if time.monotonic() > deadline:
                 raise SystemExit(f"{running.name}: stalled at {len(self.seen)} of {count} verdicts\n{running.log()}")
 
+    def rest(self, seconds: float) -> None:
+        """Only look, for so long."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.look(0.1)
+
     def settle(self, count: int, group: str, running: Running, within_s: float = 400) -> None:
         """Until the group has committed all `count` events and their verdicts are there, or none came for a while after that."""
         deadline, committed_at = time.monotonic() + within_s, float("inf")
