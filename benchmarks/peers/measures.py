@@ -23,7 +23,7 @@ BEYOND = 300
 """Events behind those that are counted: who reads and decodes far ahead has as much under way at the end as at the start."""
 
 JOINED_S = 6.0
-"""Between the first verdicts and the paced uploads: one of two processes may have made them all before the other joined the group."""
+"""Between the first verdicts and the paced uploads: one of two processes may have made them all before the other joined."""
 
 
 def throughput(contestant: Contestant, model: str, pictures: list[bytes], scratch: Path) -> dict[str, float]:
