@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -144,11 +144,11 @@ class KafkaCluster:
         self.folder = folder
         self._script = script
 
-    def start(self, *arguments: str) -> str:
+    def start(self, *arguments: str, options: Sequence[str] = LARGE_RECORDS) -> str:
         """The bootstrap servers. A start that fails (a port taken meanwhile) is tried again, one that is slow waited for."""
         for attempt in range(3):
             try:
-                return self.run("start", *arguments, *LARGE_RECORDS)
+                return self.run("start", *arguments, *options)
             except subprocess.CalledProcessError as error:
                 if self._listens(SLOW_START_S):
                     return self.run("env")

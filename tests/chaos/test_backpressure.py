@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -26,6 +27,7 @@ from worker.kafka_clients import open_admin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+ROOT = Path(__file__).parents[2]
 MIB = 2**20
 IN_FLIGHT = "code_worker_in_flight_events"
 
@@ -107,20 +109,23 @@ def test_a_topic_that_refuses_verdicts_stops_the_intake(three: KafkaCluster, tmp
 
 
 @pytest.mark.broker
-def test_a_full_disk_does_not_matter(broker: EmbeddedBroker, tmp_path: Path) -> None:
+def test_a_full_disk_does_not_matter(broker: EmbeddedBroker) -> None:
     """The worker writes to no disk: with /tmp, /var/tmp and /dev/shm full to the last byte everything goes on."""
+    # Whoever has the checkout below one of them keeps it: it is bound to its place again before the rest is filled.
     fill = (
-        "for folder in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o size=64k tmpfs $folder || exit 70;"
-        ' dd if=/dev/zero of=$folder/full bs=4k >/dev/null 2>&1; done; mkdir -p "$0"; exec "$@"'
+        'exec 9<"$1"; for folder in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o size=64k tmpfs $folder || exit 70;'
+        ' case "$1" in $folder/*) mkdir -p "$1" && mount --bind /proc/self/fd/9 "$1" || exit 71;; esac;'
+        ' dd if=/dev/zero of=$folder/full bs=4k >/dev/null 2>&1; done; exec 9<&-; mkdir -p "$0"; shift; exec "$@"'
     )
     private = ("unshare", "--mount", "--propagation", "private", "sh", "-c", fill)
-    if shutil.which("unshare") is None or subprocess.run([*private, "/proc", "true"], capture_output=True, timeout=60).returncode:
+    prefix = (*private, "/proc", str(ROOT))
+    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True, timeout=60).returncode:
         pytest.skip("a full disk needs mount namespaces: root and unshare")
-    outside = Path("/var/lib") / f"chaos-{tmp_path.name}"  # what the run itself writes must not lie under the full folders
-    outside.mkdir()
+    # What the run itself writes must not lie under the full folders.
+    outside = Path(tempfile.mkdtemp(prefix="chaos-", dir="/var/lib"))
     try:
         plan = Plan(8, seconds=0, events=400, workers=1, partitions=3, worker_settings={"DECODE__PROCESSES": 2})
-        with started(plan, EmbeddedBrokers(broker), outside, (*private, "/proc")) as run:
+        with started(plan, EmbeddedBrokers(broker), outside, prefix) as run:
             uploader = run.upload(run.plans, load.steadily(400, 0))
             finished(run, uploader)
     finally:
