@@ -113,9 +113,10 @@ def test_a_full_disk_does_not_matter(broker: EmbeddedBroker) -> None:
     """The worker writes to no disk: with /tmp, /var/tmp and /dev/shm full to the last byte everything goes on."""
     # Whoever has the checkout below one of them keeps it: it is bound to its place again before the rest is filled.
     fill = (
-        'exec 9<"$1"; for folder in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o size=64k tmpfs $folder || exit 70;'
-        ' case "$1" in $folder/*) mkdir -p "$1" && mount --bind /proc/self/fd/9 "$1" || exit 71;; esac;'
-        ' dd if=/dev/zero of=$folder/full bs=4k >/dev/null 2>&1; done; exec 9<&-; mkdir -p "$0"; shift; exec "$@"'
+        'mount --bind "$1" /mnt || exit 71;'
+        " for folder in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o size=64k tmpfs $folder || exit 70;"
+        ' case "$1" in $folder/*) mkdir -p "$1" && mount --bind /mnt "$1" || exit 71;; esac;'
+        ' dd if=/dev/zero of=$folder/full bs=4k >/dev/null 2>&1; done; cd "$1"; mkdir -p "$0"; shift; exec "$@"'
     )
     private = ("unshare", "--mount", "--propagation", "private", "sh", "-c", fill)
     prefix = (*private, "/proc", str(ROOT))
