@@ -63,7 +63,6 @@ class Verdicts:
     """Reads all of a topic from its beginning, in no group."""
 
     def __init__(self, bootstrap: str, topic: str, **options: Any) -> None:
-        self._bootstrap = bootstrap
         self._consumer = _consumer(bootstrap, "reads-without-a-group", options)
         self._consumer.assign(_partitions(self._consumer, topic, OFFSET_BEGINNING))
 

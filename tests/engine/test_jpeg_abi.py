@@ -50,8 +50,8 @@ def laid_out(header: str, folder: Path) -> str:
     told = [f'printf("sizeof {name} %zu\\n", sizeof({name}));' for name in (*STRUCTURES, "JDIMENSION", "boolean")]
     told += [
         f'printf("{name}.{field} %zu of %zu\\n", offsetof({name}, {field}), sizeof((({name} *)0)->{field}));'
-        for name, fields in STRUCTURES.items()
-        for field in fields
+        for name, members in STRUCTURES.items()
+        for field in members
     ]
     told += [f'printf("{name} %ld\\n", (long){name});' for name in CONSTANTS]
     source, program = folder / "layout.c", folder / "layout"
