@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -34,6 +34,7 @@ __all__ = [
     "InferenceFailed",
     "Overlapping",
     "QueueFull",
+    "Submission",
 ]
 
 T = TypeVar("T")
@@ -78,6 +79,15 @@ class BatchReport:
     """Device time, further calls for failures included."""
     cap: int | None
     """The largest batch the device has memory for, where that is below `max_batch_size`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission(Generic[T]):
+    """An item to be queued; see `Batcher.submit`."""
+
+    crops: NDArray[np.uint8]
+    priority: int
+    context: T
 
 
 @dataclass(slots=True, eq=False)
@@ -160,15 +170,36 @@ class Batcher(Generic[T]):
             BatcherClosed: closed before the item was accepted, or the device failed.
             ValueError: crops of another shape or dtype.
         """
-        if crops.dtype != np.uint8 or crops.ndim != 4 or len(crops) < 1 or crops.shape[1:] != self._crop_shape:
-            raise ValueError(f"crops must be uint8 [k, {self._crop_shape}], not {crops.dtype} {crops.shape}")
-        job = _Job(context, crops)
+        self._submit([Submission(crops, priority, context)], deadline, timeout)
+
+    def submit_several(self, items: Sequence[Submission[T]]) -> None:
+        """Queue items one behind the other, as `submit` does, with one turn for the device's thread.
+
+        Raises:
+            BatcherClosed: closed before the last item was accepted; those before it were, as `unfinished` shows.
+            ValueError: crops of another shape or dtype; no item was accepted.
+        """
+        self._submit(items, None, None)
+
+    def _submit(self, items: Sequence[Submission[T]], deadline: float | None, timeout: float | None) -> None:
+        for item in items:
+            crops = item.crops
+            if crops.dtype != np.uint8 or crops.ndim != 4 or len(crops) < 1 or crops.shape[1:] != self._crop_shape:
+                raise ValueError(f"crops must be uint8 [k, {self._crop_shape}], not {crops.dtype} {crops.shape}")
         with self._lock:
-            self._wait_for_room(self._queue.level(priority), len(crops), timeout)
-            self._open[job] = None
-            self._queue.push(Entry(job, len(crops), priority, self._clock(), deadline))
-            if self._sleeps_until is not None and self._queue.wake_at(self._cap(self._clock())) < self._sleeps_until:
-                self._work.notify()
+            try:
+                for item in items:
+                    self._wait_for_room(self._queue.level(item.priority), len(item.crops), timeout)
+                    job = _Job(item.context, item.crops)
+                    self._open[job] = None
+                    self._queue.push(Entry(job, len(item.crops), item.priority, self._clock(), deadline))
+            finally:
+                self._nudge()
+
+    def _nudge(self) -> None:
+        """Wake the device's thread where it would sleep too long; the lock is held."""
+        if self._sleeps_until is not None and self._queue.wake_at(self._cap(self._clock())) < self._sleeps_until:
+            self._work.notify()
 
     def close(self, drain: bool = True) -> None:
         """Take no more items; `run` returns when what waits has left (`drain`), or after the batches under way.
@@ -237,6 +268,9 @@ class Batcher(Generic[T]):
     def _wait_for_room(self, level: int, crops: int, timeout: float | None) -> None:
         """Wait in line for room at a level; the lock is held, and let go while waiting."""
         line, ticket = self._lines[level], object()
+        if not line and self._queue.fits(level, crops) and not self._closed:
+            return
+        self._nudge()  # of what was queued in this turn
         line.append(ticket)
         try:
             admitted = self._room[level].wait_for(

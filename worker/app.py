@@ -143,7 +143,6 @@ class App:
         self._crew = Crew()
         self._stopping = threading.Event()
         self._next_gauges = 0.0
-        self._next_commit = 0.0
         self._group = _Group(self._metrics)
 
     def run(self) -> int:
@@ -274,7 +273,7 @@ class App:
         self._consumer.hold(self._settings.kafka.retry_topic, self._pipeline.retries_full)
         self._pipeline.accept(self._consumer.poll(room, POLL_TIMEOUT_S))
         self._pipeline.release_due()
-        self._commit_if_due()
+        self._consumer.commit_if_due()
         health.set("group", self._group.joined)
         health.set("intake", self._circuit.closed)
         self._observe()
@@ -282,13 +281,6 @@ class App:
     def _room_made(self) -> None:
         """An event has left. From any thread."""
         self._consumer.room_made(self._pipeline.room())
-
-    def _commit_if_due(self) -> None:
-        now = self._clock.monotonic()
-        if now >= self._next_commit:
-            self._next_commit = now + self._settings.kafka.commit_interval_ms / 1000
-            self._consumer.advance_idle()
-            self._consumer.commit()
 
     def _drain(self, health: Health) -> int:
         """Finish what is in flight within SHUTDOWN__DRAIN_S, commit, leave the group; the rest is left to others."""

@@ -39,8 +39,8 @@ HEARTBEAT_MS = 1_000
 LINGER_MS = 5
 """How long a record waits for company."""
 BUSY_LINGER_MS = 20
-"""The same while many events are in flight. A request costs the client as much as a dozen records in it, and few come along
-within 5 ms where every image is decoded; who waits behind hundreds of others does not miss the rest. Transactions flush."""
+"""The same while many records go out. A request costs the client as much as a dozen records in it, and few come along within 5 ms
+where every image is decoded. Transactions flush."""
 MIN_BATCH_LIMIT_BYTES = 64 * 2**20
 """A batch may unpack to this, or to four of the largest records; one that would to more is a bomb, and unreadable."""
 FOREVER_MS = 2**31 - 1

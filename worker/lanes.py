@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -43,14 +44,38 @@ class Lanes(Generic[T]):
             Closed: the queue is closed and empty.
         """
         with self._ready:
-            self._ready.wait_for(lambda: self._closed or any(self._lanes))
-            waiting = [lane for lane in self._lanes if lane]
-            if not waiting:
-                raise Closed
-            self._taken += 1
-            fair = self._taken % self._fair_every == 0
-            lane = min(waiting, key=lambda lane: lane[0][0]) if fair else waiting[0]
-            return lane.popleft()[1]
+            return self._next().popleft()[1]
+
+    def get_several(self, at_most: int, takers: int, weigh: Callable[[T], int], weight: int) -> list[T]:
+        """Wait for an item, and take those of its lane that stand behind it along.
+
+        Args:
+            at_most: so many items.
+            takers: how many threads take from this queue: none takes more than its share of what stands there.
+            weigh: what an item weighs.
+            weight: what they may weigh together; the first comes whatever it weighs.
+
+        Raises:
+            Closed: the queue is closed and empty.
+        """
+        with self._ready:
+            lane = self._next()
+            share = -(-sum(map(len, self._lanes)) // takers)
+            taken = [lane.popleft()[1]]
+            weight -= weigh(taken[0])
+            while lane and len(taken) < min(at_most, share) and (weight := weight - weigh(lane[0][1])) >= 0:
+                taken.append(lane.popleft()[1])
+            return taken
+
+    def _next(self) -> deque[tuple[int, T]]:
+        """Wait for the lane that is to be served; the lock is held. Raises as `get`."""
+        self._ready.wait_for(lambda: self._closed or any(self._lanes))
+        waiting = [lane for lane in self._lanes if lane]
+        if not waiting:
+            raise Closed
+        self._taken += 1
+        fair = self._taken % self._fair_every == 0
+        return min(waiting, key=lambda lane: lane[0][0]) if fair else waiting[0]
 
     def close(self) -> None:
         """No more items will come; waiting `get` calls end once the queue is empty."""

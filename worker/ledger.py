@@ -95,6 +95,12 @@ class Ledger:
         self._lock = threading.Lock()
         self._tenures: dict[Partition, _Tenure] = {}
         self._generations: dict[Partition, int] = {}
+        self._finished = 0
+
+    @property
+    def finished_in_all(self) -> int:
+        """Records finished so far, of all tenures."""
+        return self._finished
 
     def assign(self, partitions: Iterable[Partition]) -> None:
         """Begin a tenure of each partition; one that is still held begins anew, and what it tracked becomes stale."""
@@ -139,7 +145,9 @@ class Ledger:
         """
         with self._lock:
             tenure = self._tenure_of(position)
-            return tenure is not None and tenure.finish(position.offset)
+            done = tenure is not None and tenure.finish(position.offset)
+            self._finished += done
+            return done
 
     def ready(self, position: Position) -> bool:
         """Everything that is published for the record is known and waits for its transaction.

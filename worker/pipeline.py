@@ -20,7 +20,7 @@ import structlog
 from numpy.typing import NDArray
 
 from engine.backends.base import BackendError
-from engine.batcher import Batcher, BatcherClosed, BatchTiming
+from engine.batcher import Batcher, BatcherClosed, BatchTiming, Submission
 from worker import contracts
 from worker.budget import Budget
 from worker.clock import Clock
@@ -41,6 +41,8 @@ from worker.stages.cache_writes import CacheWrites
 from worker.stages.circuit import DeadLetterCircuit
 from worker.stages.consume import UnreadableRecord
 from worker.stages.decode import Decoder
+from worker.stages.decode_memory import IMAGE_BYTES
+from worker.stages.decode_process import MAX_GROUP
 from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
 from worker.stages.publish_records import RecordWriter
@@ -273,34 +275,45 @@ class Pipeline:
     # -- decode threads ------------------------------------------------------------------------------------------
 
     def decode_loop(self, index: int) -> None:
-        """Decode one image at a time in the decoder process `index`; run in DECODE__PROCESSES threads."""
+        """Decode images in the decoder process `index`, several at a time where they are small and many wait.
+
+        Run in DECODE__PROCESSES threads.
+        """
+        decoder = self._stages.decoder
         while True:
             try:
-                fetched, flight = self._to_decode.get()
+                taken = self._to_decode.get_several(MAX_GROUP, decoder.threads, lambda entry: len(entry[0].data), IMAGE_BYTES)
             except Closed:
                 return
+            several = [fetched for fetched, _ in taken]
             started = self._clock.monotonic()
             try:
-                decoded = self._stages.decoder.decode(fetched, index)
-            except ItemError as error:
-                self._land_failed(fetched.item, flight, error)
-                continue
+                outcomes = decoder.decode_several(several, index)
             except StaleItemError:
-                continue  # closed in the middle of this image: it is left to the partition's next owner
+                continue  # closed in the middle of these images: they are left to the partition's next owner
             finally:
-                self._stages.budget.release(len(fetched.data))
-                ended = self._clock.monotonic()
-                seconds = ended - started
-                fetched.item.timings.span("decode", started, ended)
-                fetched.item.timings.decode = seconds * 1000
-                self._metrics.decode.observe(seconds)
-            self._submit(decoded, flight)
+                self._stages.budget.release(sum(len(fetched.data) for fetched in several))
+                self._note_decoded(several, started, self._clock.monotonic())
+            self._submit(outcomes, taken)
 
-    def _submit(self, decoded: Decoded, flight: Flight) -> None:
-        item = decoded.fetched.item
-        waiting = Waiting(item, decoded.info, decoded.crops_per_frame, flight)
+    def _note_decoded(self, several: list[Fetched], started: float, ended: float) -> None:
+        """Each image took its share of the time of all."""
+        seconds = (ended - started) / len(several)
+        for fetched in several:
+            fetched.item.timings.span("decode", started, ended)
+            fetched.item.timings.decode = seconds * 1000
+            self._metrics.decode.observe(seconds)
+
+    def _submit(self, outcomes: list[Decoded | ItemError], taken: list[tuple[Fetched, Flight]]) -> None:
+        items = []
+        for outcome, (fetched, flight) in zip(outcomes, taken, strict=True):
+            if isinstance(outcome, ItemError):
+                self._land_failed(fetched.item, flight, outcome)
+            else:
+                waiting = Waiting(fetched.item, outcome.info, outcome.crops_per_frame, flight)
+                items.append(Submission(outcome.crops, fetched.item.event.priority, waiting))
         with contextlib.suppress(BatcherClosed):  # the worker is ending, or the engine thread has failed and says why
-            self._stages.batcher.submit(decoded.crops, item.event.priority, waiting)
+            self._stages.batcher.submit_several(items)
 
     # -- engine thread -------------------------------------------------------------------------------------------
 
@@ -338,10 +351,8 @@ class Pipeline:
 
     def publish_loop(self) -> None:
         """Turn outcomes into records: policy, verdict, dead letter, retry; the broker's receipt ends the event."""
-        many = self._settings.kafka.max_in_flight // 2
         outcomes: list[Outcome]
         for outcomes in rounds(self._to_publish, PUBLISH_ROUND):
-            self._stages.publisher.many_in_flight(self._stages.budget.events >= many)
             for outcome in outcomes:
                 match outcome:
                     case Inferred():

@@ -78,7 +78,7 @@ class KafkaSettings(_Group):
     max_record_bytes: int = Field(
         32 * 2**20, ge=2**16, description="largest record read or produced; the brokers' limit should match"
     )
-    commit_interval_ms: int = Field(200, ge=10, description="how often finished offsets are committed")
+    commit_interval_ms: int = Field(200, ge=10, description="how often finished offsets are committed, at least")
     startup_timeout_s: float = Field(60, gt=0, description="budget for broker and topics to be usable before exit 3")
 
 

@@ -23,6 +23,7 @@ from engine.batcher import (
     DeadlineExpired,
     InferenceFailed,
     QueueFull,
+    Submission,
 )
 
 SHAPE = (2, 2, 3)
@@ -172,9 +173,16 @@ def test_many_threads_lose_and_double_nothing(engine: Echo) -> None:
     engine.fails = fails
 
     def produce(worker: int) -> None:
+        several: list[Submission[int]] = []
         for number in range(300):
             value = worker * 300 + number
-            batcher.submit(crops(value, 1 + value % 5), priority=value % 4, context=value)
+            if worker % 2:
+                batcher.submit(crops(value, 1 + value % 5), priority=value % 4, context=value)
+            else:  # several at a time, of more crops than the queue takes at once
+                several.append(Submission(crops(value, 1 + value % 5), value % 4, value))
+                if len(several) == 30:
+                    batcher.submit_several(several)
+                    several = []
 
     with running(batcher, always(engine)) as told:
         producers = [threading.Thread(target=produce, args=(worker,), daemon=True) for worker in range(6)]
@@ -290,6 +298,27 @@ def test_a_full_level_holds_its_own_producers_and_no_others() -> None:
         batcher.submit(crops(4), 1, "patient")
         told.wait_for(4)
     assert set(told.done) == {"under way", "waits", "urgent", "patient"}
+
+
+def test_several_that_fill_the_queue_wake_the_device_before_they_wait_for_room() -> None:
+    reports: list[BatchReport] = []
+    batcher = make(
+        reports, max_batch_size=4, preferred_batch_size=(4,), max_queue_size=4, max_queue_delay_microseconds=60_000_000
+    )
+    with running(batcher, always(Echo())) as told:
+        batcher.submit_several([Submission(crops(value), 1, value) for value in range(8)])
+        told.wait_for(8)
+    assert list(told.done) == list(range(8))
+    assert [report.size for report in reports] == [4, 4]
+    with pytest.raises(BatcherClosed):
+        batcher.submit_several([Submission(crops(1), 1, 1)])
+
+
+def test_of_several_with_one_of_wrong_crops_none_is_accepted() -> None:
+    batcher = make()
+    with pytest.raises(ValueError, match="crops must be"):
+        batcher.submit_several([Submission(crops(1), 1, 1), Submission(crops(1)[:, 1:], 1, 2)])
+    assert batcher.unfinished() == []
 
 
 def test_an_item_larger_than_the_queue_is_taken_by_an_empty_level() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -57,3 +58,40 @@ def test_get_waits_for_put_and_ends_at_close() -> None:
     thread.join(5)
     assert not thread.is_alive()
     assert got == [0, 1, 2, 3, 4]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=120),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 30),
+)
+def test_several_are_of_one_lane_share_what_stands_and_weigh_no_more_than_they_may(
+    items: list[tuple[int, int]], at_most: int, takers: int, weight: int
+) -> None:
+    lanes: Lanes[tuple[int, int, int]] = Lanes(4)
+    for number, (priority, weighs) in enumerate(items):
+        lanes.put((priority, weighs, number), priority)
+    lanes.close()
+    order: dict[int, list[int]] = {}
+    left = len(items)
+    while left:
+        taken = lanes.get_several(at_most, takers, lambda item: item[1], weight)
+        assert 1 <= len(taken) <= min(at_most, -(-left // takers))
+        assert len({priority for priority, _, _ in taken}) == 1
+        assert len(taken) == 1 or sum(weighs for _, weighs, _ in taken) <= weight
+        order.setdefault(taken[0][0], []).extend(number for _, _, number in taken)
+        left -= len(taken)
+    with pytest.raises(Closed):
+        lanes.get_several(at_most, takers, lambda item: item[1], weight)
+    assert sorted(itertools.chain(*order.values())) == list(range(len(items)))
+    assert all(numbers == sorted(numbers) for numbers in order.values())
+
+
+def test_one_taker_gets_what_there_is_and_leaves_the_rest() -> None:
+    lanes: Lanes[int] = Lanes(2)
+    for number in range(10):
+        lanes.put(number, 1)
+    lanes.put(100, 0)
+    takes = [lanes.get_several(4, 1, lambda _: 1, 8) for _ in range(4)]
+    assert takes == [[100], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

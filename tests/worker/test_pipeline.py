@@ -71,12 +71,16 @@ class Decoder:
         self.gate = threading.Event()
         self.gate.set()
         self.decoded: list[str] = []
+        self.threads = 2
 
-    def decode(self, fetched: Fetched, index: int) -> Decoded:
+    def decode_several(self, several: list[Fetched], index: int) -> list[Decoded | ItemError]:
         self.gate.wait(10)
+        return [self._decode(fetched) for fetched in several]
+
+    def _decode(self, fetched: Fetched) -> Decoded | ItemError:
         self.decoded.append(fetched.item.event.event_id)
         if fetched.data.endswith(b"corrupt"):
-            raise ItemError(Code.DECODE_CORRUPT, "damaged")
+            return ItemError(Code.DECODE_CORRUPT, "damaged")
         crops = np.full((1, 224, 224, 3), len(fetched.data), np.uint8)
         return Decoded(fetched, ImageInfo(fetched.sha256, 300, 200, "PNG", 1), crops, 1)
 
@@ -90,9 +94,6 @@ class Publisher:
         self.retries: list[tuple[Record, int, float]] = []
         self.withheld: list[Callable[[], None]] = []
         self.mute = False
-
-    def many_in_flight(self, many: bool) -> None:
-        """Nothing waits for company here."""
 
     def verdict(self, body: bytes, event_id: str, headers: Any, on_receipt: Callable[[], None], receipts: Any = None) -> None:
         self.verdicts.append(json.loads(body))

@@ -39,6 +39,10 @@ REVOKE_COMMIT_S = 5.0
 IDLE_ADVANCE_S = 2.0
 ERROR_PAUSE_S = 0.2
 COMPLAIN_INTERVAL_S = 10.0
+COMMIT_RECORDS = 64
+"""So many finished records are committed before `COMMIT_INTERVAL_MS` has passed, …"""
+MIN_COMMIT_INTERVAL_S = 0.05
+"""… but not within so little after the commit before: one costs as much as a few records."""
 READ_INTERVAL_S = 0.02
 """After a read that found a few records the next one comes no sooner. Every answer of a broker, however small, costs it and this
 process as much as the handling of several records: without the rest, records that trickle in cost up to twice as much as a
@@ -118,7 +122,8 @@ class Consumer:
         self._quiet_until: dict[str, float] = {}
         self._closing: Deadline | None = None
         self._advanced = self._clock.monotonic()
-        self._rests_until = 0.0
+        self._rests_until = self._committed_at = 0.0
+        self._finished_then = 0
         self._raw: KafkaConsumer = open_consumer(settings)
         chosen = list(topics) if topics is not None else [*settings.upload_topics, settings.retry_topic]
         self._raw.subscribe(topics=chosen, listener=_Listener(self))
@@ -250,6 +255,15 @@ class Consumer:
         return Record(position, raw.key, raw.value, tuple(raw.headers), raw.timestamp)
 
     # --------------------------------------------------------------- committing
+    def commit_if_due(self) -> None:
+        """Commit every `COMMIT_INTERVAL_MS`, and sooner where many records would be read again if this process died."""
+        now, finished = self._clock.monotonic(), self._ledger.finished_in_all
+        many = finished - self._finished_then >= COMMIT_RECORDS and now >= self._committed_at + MIN_COMMIT_INTERVAL_S
+        if many or now >= self._committed_at + self._settings.commit_interval_ms / 1000:
+            self._committed_at, self._finished_then = now, finished
+            self.advance_idle()
+            self.commit()
+
     def commit(self, deadline: Deadline | None = None) -> bool:
         """Commit what is finished.
 

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -41,6 +41,11 @@ from worker.stages.decode_child import MAX_CROPS_PER_FRAME, Child, DecoderDied, 
 DECODE_FUNCTION = "worker.stages.decode_process:decode_image"
 ATTEMPTS = 2
 START_ATTEMPTS = 3
+GROUP_TIMEOUT_S = 1.0
+"""For the answer to several images: the process answers after one image that is slow, so this is for one image. Slower ones than
+this are decoded once more, alone, with all the time they may take."""
+ALONE_AFTER = 64
+"""So many images go one by one after trouble with a group: who sends what kills decoders sends it again."""
 _MAX_SIZE = 1 << 31
 
 log = structlog.get_logger()
@@ -69,6 +74,8 @@ class Decoder:
         self._on_restart = on_restart
         self._function = function
         self._children: list[Child | None] = [None] * settings.processes
+        self._alone = [0] * settings.processes
+        """By process how many images are to go one by one before several go together again."""
         self._restarts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._closed = False
@@ -121,13 +128,63 @@ class Decoder:
                     raise DependencyError(f"decoder processes do not stay: {child.end()}") from None
                 self._spawn(index)
             except TimeoutError:
-                self._replace(index, fetched, "timeout", attempt)
+                self._replace(index, "timeout", attempt=attempt, **_names(fetched))
                 raise ItemError(Code.DECODE_TIMEOUT, f"not decoded within {self._settings.timeout_s:g} s") from None
             except DecoderDied as died:
                 problem = f"{died}; {child.end()}" if str(died) else child.end()
-                self._replace(index, fetched, "crashed", attempt, problem)
+                self._replace(index, "crashed", attempt=attempt, problem=problem, **_names(fetched))
                 attempt += 1
         raise ItemError(Code.DECODE_CRASHED, f"the decoder process died {ATTEMPTS} times on this image: {problem}")
+
+    def decode_several(self, several: Sequence[Fetched], index: int) -> list[Decoded | ItemError]:
+        """Decode images on process `index` with as few turns of the two processes as possible.
+
+        A process that dies or takes too long over a group is replaced; nobody is blamed for it, and this group and the next
+        `ALONE_AFTER` images go one by one, as with `decode`, which finds the guilty one.
+
+        Args:
+            several: images that have room in the shared memory together, `MAX_GROUP` at most, or any single one.
+
+        Returns:
+            For each image, in order, what `decode` would return or raise.
+
+        Raises:
+            StaleItemError, DependencyError: as `decode`.
+        """
+        outcomes: list[Decoded | ItemError] = []
+        while len(several) - len(outcomes) > 1 and self._children and not self._alone[index]:
+            outcomes += self._decode_group(several[len(outcomes) :], index)
+        for fetched in several[len(outcomes) :]:
+            outcomes.append(self.decode_or_error(fetched, index))
+            if self._children:
+                self._alone[index] = max(0, self._alone[index] - 1)
+        return outcomes
+
+    def decode_or_error(self, fetched: Fetched, index: int) -> Decoded | ItemError:
+        """As `decode`, with the image's error returned."""
+        try:
+            return self.decode(fetched, index)
+        except ItemError as error:
+            return error
+
+    def _decode_group(self, group: Sequence[Fetched], index: int) -> list[Decoded | ItemError]:
+        """What the first of these images, or more, come to; none of them where the process did not come through."""
+        child = self._ready(index)
+        timeout_s = min(GROUP_TIMEOUT_S, self._settings.timeout_s)
+        try:
+            answers = child.exchange_several([fetched.data for fetched in group], self._settings, timeout_s)
+            return [
+                answer if isinstance(answer, ItemError) else decoded_of(fetched, *answer)
+                for fetched, answer in zip(group, answers, strict=False)
+            ]
+        except DecoderGone:
+            self._spawn(index)
+        except TimeoutError:
+            self._replace(index, "timeout", images=len(group))
+        except DecoderDied as died:
+            self._replace(index, "crashed", images=len(group), problem=f"{died}; {child.end()}" if str(died) else child.end())
+        self._alone[index] = ALONE_AFTER
+        return []
 
     def close(self, deadline: Deadline) -> None:
         """Let images in the works finish until the deadline, then end all processes. Safe to call twice."""
@@ -183,24 +240,25 @@ class Decoder:
         if self._closed:
             raise StaleItemError("the decoder was closed")
 
-    def _replace(self, index: int, fetched: Fetched, reason: str, attempt: int, problem: str = "") -> None:
+    def _replace(self, index: int, reason: str, **about: object) -> None:
         self._check_open()
         with self._lock:
             self._restarts[reason] += 1
         if self._on_restart is not None:
             self._on_restart(reason)
-        position = fetched.item.record.position
-        log.warning(
-            "decode.process_replaced",
-            event_id=fetched.item.event.event_id,
-            topic=position.topic,
-            partition=position.partition,
-            offset=position.offset,
-            code=f"decode.{reason}",
-            attempt=attempt,
-            problem=problem,
-        )
+        log.warning("decode.process_replaced", code=f"decode.{reason}", **about)
         self._spawn(index)
+
+
+def _names(fetched: Fetched) -> dict[str, object]:
+    """What a log line calls an event."""
+    position = fetched.item.record.position
+    return {
+        "event_id": fetched.item.event.event_id,
+        "topic": position.topic,
+        "partition": position.partition,
+        "offset": position.offset,
+    }
 
 
 def decoded_of(fetched: Fetched, content: dict[str, Any], crops: NDArray[np.uint8]) -> Decoded:

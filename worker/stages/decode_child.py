@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,26 @@ from worker.clock import Deadline
 from worker.errors import Code, ItemError
 from worker.settings import DecodeSettings
 from worker.stages.decode_memory import SharedMemory
-from worker.stages.decode_process import DECODED, DECODED_IN_MEMORY, MAX_JSON_BYTES, READY, REFUSED, REPLY, REQUEST
+from worker.stages.decode_process import (
+    COUNT,
+    DECODED,
+    DECODED_IN_MEMORY,
+    MAX_GROUP,
+    MAX_JSON_BYTES,
+    READY,
+    REFUSED,
+    REPLY,
+    REQUEST,
+)
 
 START_TIMEOUT_S = 60.0
 MAX_CROPS_PER_FRAME = 5
 
+Content = tuple[dict[str, Any], NDArray[np.uint8]]
+"""What a reply says, and its crops, uint8 [k, 224, 224, 3]."""
+
 _CROP_BYTES = CROP_PX * CROP_PX * 3
+_NO_CROPS = np.empty((0, CROP_PX, CROP_PX, 3), np.uint8)
 _LAUNCHER = (
     "import json, sys; start = json.loads(sys.argv[1]); sys.path[:] = start['path']; "
     "from worker.stages.decode_process import main; main(start)"
@@ -69,9 +84,9 @@ class Child:
         self._lock = threading.Lock()
         self._exchanging = threading.Lock()
         self._output = _scratch()
-        self._timeout_s = settings.timeout_s
-        self._buffer = memoryview(bytearray(REPLY.size + MAX_JSON_BYTES))
-        most_crops = settings.max_frames * (MAX_CROPS_PER_FRAME if crops == "five" else 1)
+        self._waits_s = 0.0
+        self._buffer = memoryview(bytearray(COUNT.size + MAX_GROUP * (REPLY.size + MAX_JSON_BYTES)))
+        most_crops = max(settings.max_frames, MAX_GROUP) * (MAX_CROPS_PER_FRAME if crops == "five" else 1)
         self._memory = SharedMemory.create(most_crops * _CROP_BYTES)
         with theirs, contextlib.ExitStack() as stack:
             if self._memory is not None:
@@ -124,11 +139,10 @@ class Child:
         """
         if self._is_ready:
             return
-        self.wait_at_most(START_TIMEOUT_S)
-        status, _, _ = self._receive(Deadline(START_TIMEOUT_S))
+        self._wait_at_most(START_TIMEOUT_S)
+        ((status, _),) = self._receive(Deadline(START_TIMEOUT_S))
         if status != READY:
             raise DecoderDied("it did not report ready")
-        self.wait_at_most(self._timeout_s)
         self._is_ready = True
 
     @property
@@ -136,7 +150,7 @@ class Child:
         """Whether `wait_ready` has seen it ready; it may have died since."""
         return self._is_ready
 
-    def exchange(self, data: bytes, settings: DecodeSettings) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    def exchange(self, data: bytes, settings: DecodeSettings) -> Content:
         """Send an image, wait for its description and crops.
 
         Raises:
@@ -145,19 +159,34 @@ class Child:
             DecoderGone: the child had ended before.
             DecoderDied: the child ended, ran out of memory or does not speak the protocol.
         """
-        with self._exchanging:
-            return self._exchange(data, settings.max_frames * MAX_CROPS_PER_FRAME, Deadline(settings.timeout_s))
+        (answer,) = self.exchange_several([data], settings, settings.timeout_s)
+        if isinstance(answer, ItemError):
+            raise answer
+        return answer
 
-    def _exchange(self, data: bytes, most_crops: int, deadline: Deadline) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-        in_memory = self._memory is not None and self._memory.put_image(data)
-        head = REQUEST.pack(len(data), in_memory)
-        self._send(head, None if in_memory else data)
-        status, content, crops = self._receive(deadline, most_crops)
-        if status == REFUSED:
-            raise _refusal(content)
-        if status not in (DECODED, DECODED_IN_MEMORY):
-            raise DecoderDied("it sent no verdict")
-        return content, crops
+    def exchange_several(self, images: Sequence[bytes], settings: DecodeSettings, timeout_s: float) -> list[Content | ItemError]:
+        """Send images, wait for what the first of them, or more, come to.
+
+        Args:
+            images: `MAX_GROUP` at most. Several must have room in the shared memory together, else only the first is sent.
+            settings: the child's.
+            timeout_s: for the whole answer.
+
+        Raises:
+            TimeoutError, DecoderGone, DecoderDied: as `exchange`; nothing is known of any of the images then.
+        """
+        with self._exchanging:
+            self._wait_at_most(timeout_s)
+            deadline = Deadline(timeout_s)
+            in_memory = self._memory is not None and self._memory.put_images(images)
+            if not in_memory:
+                images = images[:1]
+                in_memory = self._memory is not None and self._memory.put_images(images)
+            sizes = [len(data) for data in images]
+            head = REQUEST.pack(len(images), in_memory, *sizes, *[0] * (MAX_GROUP - len(images)))
+            self._send(head, None if in_memory else images[0])
+            most_crops = settings.max_frames * MAX_CROPS_PER_FRAME
+            return [_outcome(*reply) for reply in self._receive(deadline, len(images), most_crops)]
 
     def _send(self, head: bytes, data: bytes | None) -> None:
         """`data` where the image goes through the socket."""
@@ -175,39 +204,53 @@ class Child:
         except OSError as error:
             raise DecoderDied from error
 
-    def wait_at_most(self, seconds: float) -> None:
+    def _wait_at_most(self, seconds: float) -> None:
         """How long the kernel lets one call wait. Python's own limits cost two system calls each."""
+        if seconds == self._waits_s:
+            return
+        self._waits_s = seconds
         limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6) or int(seconds < 1))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._connection.setsockopt(socket.SOL_SOCKET, option, limit)
 
-    def _receive(self, deadline: Deadline, most_crops: int = 0) -> tuple[int, dict[str, Any], NDArray[np.uint8]]:
-        """One reply. The child may be in a stranger's hands: nothing it says about sizes is taken on trust."""
+    def _receive(self, deadline: Deadline, most: int = 1, most_crops: int = 0) -> list[tuple[int, Content]]:
+        """An answer of up to `most` replies. The child may be in a stranger's hands: none of its sizes is taken on trust."""
         buffer = self._buffer
-        got = self._fill(buffer, 0, REPLY.size, deadline)
-        status, text_bytes, pixel_bytes = REPLY.unpack(buffer[: REPLY.size])
-        count, rest = divmod(pixel_bytes, _CROP_BYTES)
-        if text_bytes > MAX_JSON_BYTES or rest or count > most_crops:
-            raise DecoderDied("its reply has an impossible size")
-        end = REPLY.size + text_bytes
-        got = self._fill(buffer, got, end, deadline)
-        try:
-            content = json.loads(bytes(buffer[REPLY.size : end])) if text_bytes else {}
-        except (ValueError, RecursionError) as error:
-            raise DecoderDied("its reply is not JSON") from error
-        if not isinstance(content, dict):
-            raise DecoderDied("its reply is not an object")
-        return status, content, self._pixels(status, count, buffer[end:got], deadline)
-
-    def _pixels(self, status: int, count: int, early: memoryview, deadline: Deadline) -> NDArray[np.uint8]:
-        """The crops, out of the shared memory or the socket; `early` is what came along with the text."""
-        shape = (count, CROP_PX, CROP_PX, 3)
-        if status == DECODED_IN_MEMORY:
-            shared = None if self._memory is None else self._memory.crops(count * _CROP_BYTES)
-            if shared is None or early:
+        got = self._fill(buffer, 0, COUNT.size, deadline)
+        (count,) = COUNT.unpack(buffer[: COUNT.size])
+        if not 0 < count <= most:
+            raise DecoderDied("its reply is about an impossible number of images")
+        replies: list[tuple[int, Content]] = []
+        at, laid = COUNT.size, 0
+        for _ in range(count):
+            got = self._fill(buffer, got, at + REPLY.size, deadline)
+            status, text_bytes, pixel_bytes = REPLY.unpack(buffer[at : at + REPLY.size])
+            crops, rest = divmod(pixel_bytes, _CROP_BYTES)
+            if text_bytes > MAX_JSON_BYTES or rest or crops > most_crops or (status == DECODED and count > 1):
                 raise DecoderDied("its reply has an impossible size")
-            return shared.reshape(shape)
-        crops = np.empty(shape, np.uint8)
+            begin, at = at + REPLY.size, at + REPLY.size + text_bytes
+            got = self._fill(buffer, got, at, deadline)
+            content, pixels = _object(bytes(buffer[begin:at])), _NO_CROPS
+            if status == DECODED_IN_MEMORY:
+                pixels = self._shared(laid, crops)
+                laid += pixel_bytes
+            elif status == DECODED:
+                pixels, got = self._received(crops, buffer[at:got], deadline), at
+            replies.append((status, (content, pixels)))
+        if got > at:
+            raise DecoderDied("its reply is longer than it says")
+        return replies
+
+    def _shared(self, at: int, count: int) -> NDArray[np.uint8]:
+        """Crops out of the shared memory, `at` so many bytes from the first."""
+        shared = None if self._memory is None else self._memory.crops(at, count * _CROP_BYTES)
+        if shared is None:
+            raise DecoderDied("its reply has an impossible size")
+        return shared.reshape(count, CROP_PX, CROP_PX, 3)
+
+    def _received(self, count: int, early: memoryview, deadline: Deadline) -> NDArray[np.uint8]:
+        """Crops out of the socket; `early` is what came along with the text."""
+        crops = np.empty((count, CROP_PX, CROP_PX, 3), np.uint8)
         view = crops.data.cast("B") if count else memoryview(b"")
         if len(early) > len(view):
             raise DecoderDied("its reply is longer than it says")
@@ -277,6 +320,32 @@ def _scratch() -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create("decoder-stderr")
     return os.open(os.devnull, os.O_RDWR)
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise DecoderDied("its reply is not JSON") from error
+    if not isinstance(content, dict):
+        raise DecoderDied("its reply is not an object")
+    return content
+
+
+def _outcome(status: int, content: Content) -> Content | ItemError:
+    """What a reply comes to.
+
+    Raises:
+        DecoderDied: it is none, or says that the child ends.
+    """
+    if status in (DECODED, DECODED_IN_MEMORY):
+        return content
+    if status != REFUSED:
+        raise DecoderDied("it sent no verdict")
+    refusal = _refusal(content[0])
+    if isinstance(refusal, DecoderDied):
+        raise refusal
+    return refusal
 
 
 def _refusal(content: dict[str, Any]) -> ItemError | DecoderDied:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -63,6 +63,14 @@ class GpuFirstDecoder(decode.Decoder):
         """As `Decoder.decode`."""
         decoded = self.gpu.decode(fetched) if sniff(fetched.data) == JPEG else None
         return super().decode(fetched, index) if decoded is None else decoded
+
+    def decode_several(self, several: Sequence[Fetched], index: int) -> list[Decoded | ItemError]:
+        """As `Decoder.decode_several`; one by one while the GPU process takes images."""
+        return (
+            [self.decode_or_error(fetched, index) for fetched in several]
+            if self.gpu.in_service
+            else super().decode_several(several, index)
+        )
 
     def close(self, deadline: Deadline) -> None:
         """End all processes. Safe to call twice."""
@@ -175,13 +183,11 @@ class GpuProcess:
                 raise Refused("the decoder was closed")
             child = self._child = Child(self._settings, self._crops, self._function, cuda=True)
         child.wait_ready()
-        child.wait_at_most(OPENING_S)
         try:
             child.exchange(jpeg_region.samples()[0], self._settings.model_copy(update={"timeout_s": OPENING_S}))
         except ItemError as error:
             child.kill()
             raise Refused(error.message) from error
-        child.wait_at_most(self._settings.timeout_s)
         return child
 
     def _serve(self, child: Child) -> tuple[int, str, str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 IMAGE_BYTES = 1 << 20
-"""Larger images go through the socket: what it costs is little beside their decoding."""
+"""Larger images go through the socket: what it costs is little beside their decoding. Of smaller ones several find room."""
 MAX_CROP_BYTES = 1 << 23
 """Larger replies too: many frames in five crops each."""
 
@@ -55,24 +56,27 @@ class SharedMemory:
         finally:
             os.close(fd)
 
-    def put_image(self, data: bytes) -> bool:
-        """Lay an image in; False where it is too large."""
-        if len(data) > IMAGE_BYTES:
+    def put_images(self, images: Sequence[bytes]) -> bool:
+        """Lay images in, one behind the other; False where they are too large together."""
+        if sum(map(len, images)) > IMAGE_BYTES:
             return False
-        self._memory[: len(data)] = data
+        at = 0
+        for data in images:
+            self._memory[at : at + len(data)] = data
+            at += len(data)
         return True
 
-    def image(self, size: int) -> bytes:
-        """A copy of the image."""
-        return self._memory[:size]
+    def image(self, at: int, size: int) -> bytes:
+        """A copy of the image of this size that begins `at` so many bytes."""
+        return self._memory[at : at + size]
 
-    def put_crops(self, pixels: memoryview) -> bool:
-        """Lay crops in (bytes); False where they are too large."""
-        if len(pixels) > len(self._crops):
+    def put_crops(self, at: int, pixels: memoryview) -> bool:
+        """Lay crops in (bytes), `at` so many bytes from the first ones; False where there is no room for them."""
+        if at + len(pixels) > len(self._crops):
             return False
-        self._memory[IMAGE_BYTES : IMAGE_BYTES + len(pixels)] = pixels
+        self._memory[IMAGE_BYTES + at : IMAGE_BYTES + at + len(pixels)] = pixels
         return True
 
-    def crops(self, size: int) -> NDArray[np.uint8] | None:
+    def crops(self, at: int, size: int) -> NDArray[np.uint8] | None:
         """A copy of so many bytes of crops, uint8 [size]; None where it does not hold as many."""
-        return self._crops[:size].copy() if size <= len(self._crops) else None
+        return self._crops[at : at + size].copy() if at + size <= len(self._crops) else None

@@ -1,12 +1,14 @@
-"""The decoder process: decodes one image at a time under limits of its own; `worker.stages.decode` starts it and talks to it.
+"""The decoder process: decodes images one after the other, under limits of its own; `worker.stages.decode` starts and asks it.
 
 It is a plain program with one socket to its parent, an environment of a few harmless variables, and no other open file, so a
 taken-over decoder finds no broker, cache or secret. It imports numpy, Pillow and this project's reader, nothing else.
 
-Protocol, over a stream socket: the child sends a READY reply once, then answers each request with one reply.
-A request is `REQUEST` (size in bytes, and whether the image lies in the shared memory) and the image if it does not; a reply is
-`REPLY` (status, sizes of JSON and pixels), a JSON object and, unless they lie in the shared memory (`DECODED_IN_MEMORY`), the
-pixels of the crops. End of file on either side means that the other one is gone.
+Protocol, over a stream socket: the child sends one READY reply, then answers each request for one or more of its images, in
+order; whoever asks sends the others again. A request is `REQUEST` (how many images, whether they lie in the shared memory one
+behind the other, their sizes in bytes), and the image where it does not lie there, which several always do. An answer is `COUNT`
+(how many images it is about) and as many replies. A reply is `REPLY` (status, sizes of JSON and pixels), a JSON object and the
+pixels of the crops, unless these lie in the shared memory one behind the other (`DECODED_IN_MEMORY`), as those of several do.
+End of file on either side means that the other one is gone.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +35,12 @@ from engine.preprocess import Layout
 from worker.stages import provenance
 from worker.stages.decode_memory import SharedMemory
 
-REQUEST = struct.Struct("!Q?")
+MAX_GROUP = 8
+"""Images of one request: a turn of both processes costs as much as a tenth of a small picture's decoding."""
+GROUP_S = 0.02
+"""After so long the images that are done are answered for, and the others are left: none waits long for its neighbours."""
+REQUEST = struct.Struct(f"!B?{MAX_GROUP}Q")
+COUNT = struct.Struct("!B")
 REPLY = struct.Struct("!BIQ")
 READY, DECODED, REFUSED, DECODED_IN_MEMORY = 1, 2, 3, 4
 MAX_JSON_BYTES = 1 << 16
@@ -95,17 +103,20 @@ def main(start: dict[str, Any]) -> NoReturn:
     _limit(start["max_memory_bytes"])
     warnings.simplefilter("ignore")
     limits = images.Limits(start["max_pixels"], start["max_frames"])
+
+    def decode(data: bytes) -> tuple[images.Crops, dict[str, str | None]]:
+        return function(data, limits, start["layout"])
+
     jpeg_region.usable()  # compares its two ways once, before the first image waits for it
     resident_bytes = _memory_bytes()[1]
     try:
-        connection.sendall(REPLY.pack(READY, 0, 0))
+        connection.sendall(COUNT.pack(1) + REPLY.pack(READY, 0, 0))
         answered = 0
-        while (data := _request(connection, memory)) is not None:
+        while (request := _request(connection, memory)) is not None:
             _limit_cpu(start["timeout_s"] + _CPU_SLACK_S)
-            _answer(connection, memory, function, data, limits, start["layout"])
-            answered += 1
-            look = len(data) > _LOOKED_AFTER_BYTES or answered % _LOOKED_EVERY == 0
-            del data  # or it would be kept until the next one is here
+            before, answered = answered, answered + _answer(connection, memory, decode, request)
+            look = max(map(len, request)) > _LOOKED_AFTER_BYTES or before // _LOOKED_EVERY < answered // _LOOKED_EVERY
+            del request  # or it would be kept until the next one is here
             if look and _memory_bytes()[1] > resident_bytes + _KEPT_BYTES:
                 _give_back()
     except ConnectionError:
@@ -116,55 +127,62 @@ def main(start: dict[str, Any]) -> NoReturn:
 def _answer(
     connection: socket.socket,
     memory: SharedMemory | None,
-    function: DecodeFunction,
-    data: bytes,
-    limits: images.Limits,
-    layout: Layout,
-) -> None:
-    try:
-        crops, found = function(data, limits, layout)
-    except images.ImageError as error:
-        _reply(connection, REFUSED, {"code": ERROR_CODES[type(error)], "message": str(error)})
-        if isinstance(error, images.OutOfMemory):
-            os._exit(1)  # whatever is left of the heap is not worth keeping
-    else:
+    decode: Callable[[bytes], tuple[images.Crops, dict[str, str | None]]],
+    request: list[bytes],
+) -> int:
+    """Answer for the first of these images or more; for how many."""
+    replies: list[bytes] = []
+    ends, laid = time.monotonic() + GROUP_S, 0
+    for data in request:
+        if replies and time.monotonic() > ends:
+            break
+        try:
+            crops, found = decode(data)
+        except images.ImageError as error:
+            replies.append(_reply(REFUSED, {"code": ERROR_CODES[type(error)], "message": str(error)}))
+            if isinstance(error, images.OutOfMemory):
+                _send(connection, replies)
+                os._exit(1)  # whatever is left of the heap is not worth keeping
+            continue
         pixels = crops.crops.data.cast("B")
-        if memory is not None and memory.put_crops(pixels):
-            _reply(connection, DECODED_IN_MEMORY, describe(crops, found), pixels, sent=False)
+        if memory is not None and memory.put_crops(laid, pixels):
+            laid += len(pixels)
+            replies.append(_reply(DECODED_IN_MEMORY, describe(crops, found), pixels))
+        elif replies:  # left for the next request, whose first it will be
+            break
         else:
-            _reply(connection, DECODED, describe(crops, found), pixels)
+            _send(connection, [_reply(DECODED, describe(crops, found), pixels)], pixels)
+            return 1
+    _send(connection, replies)
+    return len(replies)
 
 
-def _request(connection: socket.socket, memory: SharedMemory | None) -> bytes | None:
-    """The next image; None at the end of the parent."""
+def _request(connection: socket.socket, memory: SharedMemory | None) -> list[bytes] | None:
+    """The next images; None at the end of the parent."""
     head = connection.recv(REQUEST.size, socket.MSG_WAITALL)
     if len(head) < REQUEST.size:
         return None
-    size, in_memory = REQUEST.unpack(head)
+    count, in_memory, *sizes = REQUEST.unpack(head)
     if in_memory and memory is not None:
-        return memory.image(size)
+        return [memory.image(sum(sizes[:number]), sizes[number]) for number in range(count)]
+    size = sizes[0]
     data = connection.recv(size, socket.MSG_WAITALL) if size else b""
     while len(data) < size:  # a signal cut the wait short
         more = connection.recv(size - len(data), socket.MSG_WAITALL)
         if not more:
             return None
         data += more
-    return data
+    return [data]
 
 
-def _reply(
-    connection: socket.socket, status: int, content: dict[str, Any], pixels: memoryview = _NO_PIXELS, *, sent: bool = True
-) -> None:
-    """`sent`: whether the pixels go through the socket."""
+def _reply(status: int, content: dict[str, Any], pixels: memoryview = _NO_PIXELS) -> bytes:
     text = json.dumps(content).encode()
-    head = REPLY.pack(status, len(text), len(pixels)) + text
-    if not sent:
-        connection.sendall(head)
-        return
-    _send(connection, head, pixels)
+    return REPLY.pack(status, len(text), len(pixels)) + text
 
 
-def _send(connection: socket.socket, head: bytes, pixels: memoryview) -> None:
+def _send(connection: socket.socket, replies: list[bytes], pixels: memoryview = _NO_PIXELS) -> None:
+    """`pixels` where they go through the socket."""
+    head = b"".join((COUNT.pack(len(replies)), *replies))
     sent = connection.sendmsg([head, pixels])
     if sent < len(head) + len(pixels):
         connection.sendall(head[sent:])

@@ -37,6 +37,9 @@ log = structlog.get_logger()
 BACKOFF_S = 0.1
 BACKOFF_MAX_S = 5.0
 CLOSE_S = 2.0
+BUSY_WINDOW_S = 0.25
+BUSY_RECORDS_PER_S = 200
+"""So many, as far as the last window shows, wait for company longer."""
 
 
 @dataclass(order=True, slots=True)
@@ -65,15 +68,9 @@ class Publisher(RecordWriter):
         self._stopping = False
         self._producer = open_producer(settings)
         self._lingering = (self._producer, LINGER_MS)
+        self._recent, self._since = 0, self._clock.monotonic()
         self._mender = threading.Thread(target=self._mend, name="publish-mend", daemon=True)
         self._mender.start()
-
-    def many_in_flight(self, many: bool) -> None:
-        """See `RecordWriter`."""
-        wanted = (self._producer, BUSY_LINGER_MS if many else LINGER_MS)
-        if wanted != self._lingering:
-            self._lingering = wanted
-            kafka_speed.linger(*wanted)
 
     def close(self, deadline: Deadline) -> bool:
         """See `RecordWriter`."""
@@ -89,7 +86,19 @@ class Publisher(RecordWriter):
     # ------------------------------------------------------------------- inside
     def _submit(self, sending: Sending, receipts: Receipts | None) -> None:
         self._count_in()
+        self._linger()
         self._send(sending)
+
+    def _linger(self) -> None:
+        """Let records wait longer for company while many go out."""
+        now = self._clock.monotonic()
+        self._recent += 1
+        if (seconds := now - self._since) >= BUSY_WINDOW_S:
+            wanted = (self._producer, BUSY_LINGER_MS if self._recent >= BUSY_RECORDS_PER_S * seconds else LINGER_MS)
+            self._recent, self._since = 0, now
+            if wanted != self._lingering:
+                self._lingering = wanted
+                kafka_speed.linger(*wanted)
 
     def _send(self, sending: Sending) -> None:
         """Hand over to the client; what it does not take now goes to the mending thread."""

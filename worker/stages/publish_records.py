@@ -175,10 +175,6 @@ class RecordWriter(ABC):
                 and not self._undelivered
             )
 
-    def many_in_flight(self, many: bool) -> None:
-        """Whether records may wait a little for company; nothing to know where they are flushed anyway."""
-        del many
-
     def commit_as(self, membership: Callable[[], ConsumerGroupMetadata | None]) -> None:
         """In whose name a transaction commits offsets; nothing to know where the consumer commits them itself."""
         del membership

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine import images
 from engine.preprocess import Layout
-from worker.stages.decode_process import REPLY, decode_image
+from worker.stages.decode_process import COUNT, REPLY, decode_image
 
 Found = dict[str, str | None]
 
@@ -55,6 +55,11 @@ def _bloat(_: str) -> tuple[images.Crops, Found]:
     kept = []
     while True:
         kept.append(np.zeros(1 << 24, np.uint8))  # address space, whose pages nobody needs to touch
+
+
+def _slow(seconds: str) -> tuple[images.Crops, Found]:
+    time.sleep(float(seconds))
+    return _reply()
 
 
 def _raise(_: str) -> tuple[images.Crops, Found]:
@@ -120,6 +125,8 @@ def _lie(what: str) -> tuple[images.Crops, Found]:
             crops = replace(crops, frame_count=0)
         case "code":
             _send(REPLY.pack(3, 22, 0) + b'{"code":"engine.what"}')
+        case "count":
+            _send(b"", count=9)
         case "bytes":
             _send(b"\xff" * 5)
             os._exit(0)
@@ -134,11 +141,11 @@ def _lie(what: str) -> tuple[images.Crops, Found]:
     return crops, found
 
 
-def _send(raw: bytes) -> None:
+def _send(raw: bytes, count: int = 1) -> None:
     for entry in range(64):
         try:
             if stat.S_ISSOCK(os.fstat(entry).st_mode):
-                os.write(entry, raw)
+                os.write(entry, COUNT.pack(count) + raw)
         except OSError:
             continue
     os._exit(0)
@@ -150,6 +157,7 @@ _ACTIONS = {
     b"hang": _hang,
     b"spin": _spin,
     b"bloat": _bloat,
+    b"slow": _slow,
     b"raise": _raise,
     b"die-once": _die_once,
     b"chatter": _chatter,

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -23,8 +24,9 @@ from worker.clock import Deadline
 from worker.errors import Code, DependencyError, ItemError, StaleItemError
 from worker.items import Delivery, Event, Fetched, Item, Position, Record, Timings
 from worker.settings import DecodeSettings
-from worker.stages.decode import Decoder
-from worker.stages.decode_memory import IMAGE_BYTES
+from worker.stages.decode import ALONE_AFTER, Decoder
+from worker.stages.decode_child import Child
+from worker.stages.decode_memory import IMAGE_BYTES, SharedMemory
 
 FAULTS = "tests.worker.stages.decode_faults:decode"
 ROOT = Path(__file__).resolve().parents[3]
@@ -107,6 +109,105 @@ def test_a_crash_names_the_signal(decoder: Decoder) -> None:
 def test_an_image_whose_decoder_died_by_chance_succeeds_at_the_second_try(decoder: Decoder, tmp_path: Path) -> None:
     decoded = decoder.decode(fetched(b"die-once " + str(tmp_path / "marker").encode()), 0)
     assert decoded.info.format == "PNG"
+
+
+def outcomes(decoder: Decoder, several: list[bytes], index: int = 0) -> list[str]:
+    """Format or code of each."""
+    found = decoder.decode_several([fetched(data) for data in several], index)
+    return [str(one.code) if isinstance(one, ItemError) else one.info.format for one in found]
+
+
+@pytest.fixture
+def fresh() -> Iterator[Decoder]:
+    """One process that has seen no trouble yet."""
+    decoder = Decoder(DecodeSettings(processes=1, timeout_s=2.0, max_memory_bytes=2**29), "five", function=FAULTS)
+    decoder.start()
+    yield decoder
+    decoder.close(Deadline(5))
+
+
+@pytest.fixture
+def turns(fresh: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each request to a decoder process was about."""
+    asked: list[int] = []
+    original = Child.exchange_several
+
+    def exchange(child: Child, several: Sequence[bytes], *rest: Any) -> Any:
+        asked.append(len(several))
+        return original(child, several, *rest)
+
+    monkeypatch.setattr(Child, "exchange_several", exchange)
+    return asked
+
+
+def test_several_images_come_to_what_each_alone_comes_to(fresh: Decoder, turns: list[int]) -> None:
+    pictures = [png(200 + 30 * number, 230, compress_level=1) for number in range(5)]
+    several = [*pictures[:2], b"GIF89a", pictures[2], b"%PDF-1.7", *pictures[3:]]
+    found = fresh.decode_several([fetched(data) for data in several], 0)
+    for data, one in zip(several, found, strict=True):
+        if isinstance(one, ItemError):
+            assert code_of(fresh, data) == one.code
+        else:
+            assert one.fetched.data == data
+            assert np.array_equal(one.crops, images.read_crops(data, images.Limits(10**6), "five").crops)
+    assert [isinstance(one, ItemError) for one in found] == [False, False, True, False, True, False, False]
+    assert turns[0] == 7
+    assert fresh.restarts == 0
+
+
+def test_crops_without_room_beside_the_others_come_with_the_next_turn(fresh: Decoder, turns: list[int], tmp_path: Path) -> None:
+    out = io.BytesIO()
+    frames = [PIL.Image.new("RGB", (300, 300), (number * 60, 0, 0)) for number in range(4)]
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
+    several = [out.getvalue()] * 4  # of 20 crops each: 3 MB, of which the shared memory takes two
+    found = fresh.decode_several([fetched(data) for data in several], 0)
+    assert [None if isinstance(one, ItemError) else len(one.crops) for one in found] == [20] * 4
+    assert turns == [4, 2]
+    assert fresh.restarts == 0
+
+
+def test_images_that_are_slow_do_not_wait_for_each_other(fresh: Decoder, turns: list[int]) -> None:
+    found = fresh.decode_several([fetched(b"slow 0.03")] * 4, 0)
+    assert all(not isinstance(one, ItemError) for one in found)
+    assert turns == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("fault", [b"segfault", b"die", b"bloat", b"lie json", b"lie count"])
+def test_a_crash_among_several_costs_the_guilty_one_alone(fresh: Decoder, turns: list[int], fault: bytes) -> None:
+    assert outcomes(fresh, [png(), png(), fault, png()]) == ["PNG", "PNG", "decode.crashed", "PNG"]
+    assert fresh.restarts == 3, "once for all, then twice for the one"
+    turns.clear()
+    assert outcomes(fresh, [png()] * 4) == ["PNG"] * 4
+    assert turns == [1] * 4, "whoever sends what kills decoders sends it again: one by one for a while"
+    for _ in range(ALONE_AFTER // 4):
+        assert outcomes(fresh, [png()] * 4) == ["PNG"] * 4
+    assert turns[-1] == 4
+
+
+def test_a_process_killed_while_idle_is_not_blamed_on_several_either(fresh: Decoder) -> None:
+    pid = fresh.pids[0]
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(pid)], timeout=2)
+    assert outcomes(fresh, [png()] * 3) == ["PNG"] * 3
+    assert fresh.restarts == 0
+
+
+@pytest.mark.timing
+def test_a_hang_among_several_costs_one_second_more(fresh: Decoder) -> None:
+    started = time.monotonic()
+    assert outcomes(fresh, [png(), b"hang", png()]) == ["PNG", "decode.timeout", "PNG"]
+    assert 3.0 <= time.monotonic() - started < 6.0
+    assert fresh.restarts == 2
+
+
+def test_several_without_processes_or_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedMemory, "create", classmethod(lambda cls, size: None))
+    for processes in (0, 1):
+        decoder = Decoder(DecodeSettings(processes=processes), "center")
+        decoder.start()
+        assert outcomes(decoder, [png(), b"GIF89a", png()]) == ["PNG", "decode.corrupt", "PNG"]
+        decoder.close(Deadline(5))
 
 
 @pytest.mark.timing

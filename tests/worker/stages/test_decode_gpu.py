@@ -87,6 +87,14 @@ def test_damage_is_the_safe_decoder_s_to_tell(ready: GpuFirstDecoder) -> None:
     assert ready.gpu.in_service
 
 
+def test_several_images_go_by_the_gpu_while_it_takes_them(ready: GpuFirstDecoder) -> None:
+    found = ready.decode_several([fetched(data) for data in (JPEG, png(), b"GIF89a", JPEG)], 0)
+    kinds = [str(one.code) if isinstance(one, ItemError) else one.info.format for one in found]
+    assert kinds == ["JPEG", "PNG", "decode.corrupt", "JPEG"]
+    expected = images.read_crops(JPEG, images.Limits(10**8)).crops
+    assert all(not isinstance(found[at], ItemError) and not np.array_equal(found[at].crops, expected) for at in (0, 3))
+
+
 @pytest.mark.parametrize(("width", "code"), [(601, "decode.crashed"), (602, "decode.timeout"), (603, "decode.crashed")])
 def test_it_dies_alone_and_is_replaced(ready: GpuFirstDecoder, width: int, code: str) -> None:
     pid, safe = ready.gpu.pid, ready.pids

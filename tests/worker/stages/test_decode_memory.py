@@ -19,27 +19,30 @@ def pair(crop_bytes: int) -> tuple[SharedMemory, SharedMemory]:
     return ours, SharedMemory.adopt(os.dup(ours.fd))
 
 
-def test_an_image_goes_in_and_crops_come_out() -> None:
-    worker, decoder = pair(1000)
-    assert worker.put_image(b"image")
-    assert decoder.image(5) == b"image"
+def test_images_go_in_and_crops_come_out() -> None:
+    worker, decoder = pair(2000)
+    assert worker.put_images([b"image", b"another"])
+    assert (decoder.image(0, 5), decoder.image(5, 7)) == (b"image", b"another")
     pixels = np.arange(1000, dtype=np.uint8)
-    assert decoder.put_crops(pixels.data.cast("B"))
-    taken = worker.crops(1000)
+    assert decoder.put_crops(1000, pixels.data.cast("B"))
+    taken = worker.crops(1000, 1000)
     assert taken is not None
-    assert decoder.put_crops(np.zeros(1000, np.uint8).data.cast("B"))
+    assert decoder.put_crops(1000, np.zeros(1000, np.uint8).data.cast("B"))
     assert np.array_equal(taken, pixels), "a copy"
     os.close(worker.fd)
 
 
 def test_what_is_too_large_is_refused() -> None:
     worker, decoder = pair(10 * MAX_CROP_BYTES)
-    assert worker.put_image(bytes(IMAGE_BYTES))
-    assert not worker.put_image(bytes(IMAGE_BYTES + 1))
-    assert decoder.put_crops(memoryview(bytes(MAX_CROP_BYTES)))
-    assert not decoder.put_crops(memoryview(bytes(MAX_CROP_BYTES + 1)))
-    assert worker.crops(MAX_CROP_BYTES) is not None
-    assert worker.crops(MAX_CROP_BYTES + 1) is None
+    assert worker.put_images([bytes(IMAGE_BYTES)])
+    assert worker.put_images([bytes(IMAGE_BYTES - 1), b"x"])
+    assert not worker.put_images([bytes(IMAGE_BYTES + 1)])
+    assert not worker.put_images([bytes(IMAGE_BYTES), b"x"])
+    assert decoder.put_crops(0, memoryview(bytes(MAX_CROP_BYTES)))
+    assert not decoder.put_crops(0, memoryview(bytes(MAX_CROP_BYTES + 1)))
+    assert not decoder.put_crops(1, memoryview(bytes(MAX_CROP_BYTES)))
+    assert worker.crops(0, MAX_CROP_BYTES) is not None
+    assert worker.crops(1, MAX_CROP_BYTES) is None
     os.close(worker.fd)
 
 

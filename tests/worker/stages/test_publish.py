@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from kafka import errors as kafka_errors
 
+from tests.worker.fake_clock import FakeClock
 from tests.worker.kafka_topics import prepare, read_all
 from tests.worker.stages.fake_producer import FakeBroker, Sent
 from worker import envelopes
 from worker.clock import Deadline
 from worker.errors import DependencyError
 from worker.items import Delivery, Headers, Position, Record
+from worker.kafka_clients import BUSY_LINGER_MS, LINGER_MS
 from worker.settings import KafkaSettings
 from worker.stages import publish
 from worker.stages.publish import Publisher
@@ -65,6 +67,27 @@ Make = Callable[..., tuple[Publisher, FakeBroker, Receipts]]
 def too_large(sent: Sent, limit: int = 1_000) -> Exception | None:
     size = len(sent[1] or b"") + len(sent[2] or b"") + sum(len(name) + len(value) for name, value in sent[3])
     return kafka_errors.MessageSizeTooLargeError("no") if size > limit else None
+
+
+def test_records_wait_longer_for_company_while_many_go_out(with_broker: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(publish.kafka_speed, "linger", lambda _, milliseconds: set_to.append(milliseconds))
+    publisher, _, receipts = with_broker()
+    clock = publisher._clock = FakeClock()
+    publisher._since = clock.monotonic()
+
+    def send(count: int, over_s: float) -> None:
+        for _ in range(count):
+            clock.advance(over_s / count)
+            publisher.verdict(b"{}", "event", (), receipts.of("x"))
+
+    send(100, 1.0)
+    assert set_to == [], "100 a second are not many"
+    send(600, 1.0)
+    assert set_to == [BUSY_LINGER_MS]
+    clock.advance(60)
+    send(1, 0.001)
+    assert set_to == [BUSY_LINGER_MS, LINGER_MS], "the first record after a quiet time does not wait"
 
 
 def test_verdict_dead_letter_and_retry_as_the_contract_says(with_broker: Make) -> None:
