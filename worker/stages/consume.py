@@ -149,9 +149,19 @@ class Consumer:
             return records
         self._rest(timeout_s)
         records = self._read(timeout_s, room)
-        if 0 < len(records) < min(room, FEW_RECORDS) and sum(record.size_bytes for record in records) < FEW_BYTES:
+        if 0 < len(records) < min(room, FEW_RECORDS) and self._is_trickle(records):
             self._rests_until = self._clock.monotonic() + READ_INTERVAL_S
         return records
+
+    def _is_trickle(self, records: list[Record]) -> bool:
+        """Whether these few are all there was when the broker answered: of a backlog the next are wanted at once."""
+        last = {(record.position.topic, record.position.partition): record.position.offset for record in records}
+        try:
+            ends = [(offset, self._raw.highwater(TopicPartition(*partition))) for partition, offset in last.items()]
+        except kafka_errors.KafkaError:
+            return False  # the assignment is about to change
+        caught_up = all(end is not None and end - offset <= 2 for offset, end in ends)  # a transaction's marker may be the last
+        return caught_up and sum(record.size_bytes for record in records) < FEW_BYTES
 
     def _rest(self, at_most_s: float) -> None:
         """Let records gather after a read that found only a few; see `READ_INTERVAL_S`."""

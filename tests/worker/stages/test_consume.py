@@ -230,11 +230,14 @@ def test_a_read_after_one_that_found_a_few_records_waits_for_company(
         one.join()
         clock = one.consumer._clock = FakeClock()
         found: list[Record] = []
+        ends = [1]
         monkeypatch.setattr(one.consumer, "_read", lambda timeout_s, most: found[:most])
+        monkeypatch.setattr(one.consumer._raw, "highwater", lambda partition: ends[0])
 
-        def rested(records: int, size: int = 100, room: int = 256, timeout_s: float = 0.1) -> float:
-            """Seconds before the read that follows one of these records."""
+        def rested(records: int, size: int = 100, room: int = 256, timeout_s: float = 0.1, end: int = 1) -> float:
+            """Seconds before the read that follows one of these records, all at offset 0."""
             clock.advance(1)
+            ends[0] = end
             found[:] = [Record(Position("image.uploads", 0, 0, 1), None, bytes(size), (), 0)] * records
             one.consumer.poll(room, 0.1)
             before = clock.monotonic()
@@ -248,6 +251,7 @@ def test_a_read_after_one_that_found_a_few_records_waits_for_company(
         assert rested(FEW_RECORDS) == 0
         assert rested(20, room=20) == 0, "more may be there"
         assert rested(4, size=FEW_BYTES // 4) == 0
+        assert rested(1, end=50) == 0, "the next ones are there"
 
 
 def test_a_held_topic_waits_while_the_others_are_read(kafka_settings: Settings) -> None:
