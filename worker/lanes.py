@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -66,6 +66,13 @@ class Lanes(Generic[T]):
             while lane and len(taken) < min(at_most, share) and (weight := weight - weigh(lane[0][1])) >= 0:
                 taken.append(lane.popleft()[1])
             return taken
+
+    def put_back(self, items: Sequence[T], priority: int) -> None:
+        """What `get_several` took of the lane of `priority` and nobody served: it stands before all others again."""
+        with self._ready:
+            lane = self._lanes[min(priority, len(self._lanes) - 1)]
+            lane.extendleft((-1, item) for item in reversed(items))
+            self._ready.notify(len(items))
 
     def _next(self) -> deque[tuple[int, T]]:
         """Wait for the lane that is to be served; the lock is held. Raises as `get`."""

@@ -42,7 +42,6 @@ from worker.stages.circuit import DeadLetterCircuit
 from worker.stages.consume import UnreadableRecord
 from worker.stages.decode import Decoder
 from worker.stages.decode_memory import IMAGE_BYTES
-from worker.stages.decode_process import MAX_GROUP
 from worker.stages.fetch import Fetcher
 from worker.stages.policy import PolicyKeeper
 from worker.stages.publish_records import RecordWriter
@@ -282,36 +281,35 @@ class Pipeline:
         decoder = self._stages.decoder
         while True:
             try:
-                taken = self._to_decode.get_several(MAX_GROUP, decoder.threads, lambda entry: len(entry[0].data), IMAGE_BYTES)
+                taken = self._to_decode.get_several(decoder.takes(index), decoder.threads, _image_bytes, IMAGE_BYTES)
             except Closed:
                 return
-            several = [fetched for fetched, _ in taken]
             started = self._clock.monotonic()
             try:
-                outcomes = decoder.decode_several(several, index)
-            except StaleItemError:
-                continue  # closed in the middle of these images: they are left to the partition's next owner
-            finally:
-                self._stages.budget.release(sum(len(fetched.data) for fetched in several))
-                self._note_decoded(several, started, self._clock.monotonic())
-            self._submit(outcomes, taken)
+                outcomes = decoder.decode_several([fetched for fetched, _ in taken], index)
+            except StaleItemError:  # closed in the middle of these images: they are left to the partition's next owner
+                self._stages.budget.release(sum(map(_image_bytes, taken)))
+                continue
+            if left := taken[len(outcomes) :]:
+                self._to_decode.put_back(left, left[0][0].item.event.priority)
+            self._decoded(taken[: len(outcomes)], outcomes, started)
 
-    def _note_decoded(self, several: list[Fetched], started: float, ended: float) -> None:
-        """Each image took its share of the time of all."""
-        seconds = (ended - started) / len(several)
-        for fetched in several:
-            fetched.item.timings.span("decode", started, ended)
-            fetched.item.timings.decode = seconds * 1000
-            self._metrics.decode.observe(seconds)
-
-    def _submit(self, outcomes: list[Decoded | ItemError], taken: list[tuple[Fetched, Flight]]) -> None:
+    def _decoded(self, done: list[tuple[Fetched, Flight]], outcomes: list[Decoded | ItemError], started: float) -> None:
+        """Hand images on that were decoded in one turn; each took its share of the turn's time."""
+        ended = self._clock.monotonic()
+        seconds = (ended - started) / len(done)
+        self._stages.budget.release(sum(map(_image_bytes, done)))
         items = []
-        for outcome, (fetched, flight) in zip(outcomes, taken, strict=True):
+        for outcome, (fetched, flight) in zip(outcomes, done, strict=True):
+            item = fetched.item
+            item.timings.span("decode", started, ended)
+            item.timings.decode = seconds * 1000
+            self._metrics.decode.observe(seconds)
             if isinstance(outcome, ItemError):
-                self._land_failed(fetched.item, flight, outcome)
+                self._land_failed(item, flight, outcome)
             else:
-                waiting = Waiting(fetched.item, outcome.info, outcome.crops_per_frame, flight)
-                items.append(Submission(outcome.crops, fetched.item.event.priority, waiting))
+                waiting = Waiting(item, outcome.info, outcome.crops_per_frame, flight)
+                items.append(Submission(outcome.crops, item.event.priority, waiting))
         with contextlib.suppress(BatcherClosed):  # the worker is ending, or the engine thread has failed and says why
             self._stages.batcher.submit_several(items)
 
@@ -379,3 +377,7 @@ class Pipeline:
         """The same bytes fail the same way: identical images that waited share the leader's error."""
         for item in (leader, *self._flights.done(flight)):
             self._to_publish.put(Failed.of(item, error, flight.sha256))
+
+
+def _image_bytes(entry: tuple[Fetched, Flight]) -> int:
+    return len(entry[0].data)

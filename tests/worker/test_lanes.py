@@ -95,3 +95,26 @@ def test_one_taker_gets_what_there_is_and_leaves_the_rest() -> None:
     lanes.put(100, 0)
     takes = [lanes.get_several(4, 1, lambda _: 1, 8) for _ in range(4)]
     assert takes == [[100], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_what_was_put_back_comes_first_in_its_order_also_after_the_end() -> None:
+    lanes: Lanes[int] = Lanes(2)
+    for number in range(6):
+        lanes.put(number, 1)
+    assert lanes.get_several(4, 1, lambda _: 1, 8) == [0, 1, 2, 3]
+    lanes.put(100, 0)
+    lanes.close()
+    lanes.put_back([2, 3], 7)
+    assert [lanes.get() for _ in range(5)] == [100, 2, 3, 4, 5]
+
+
+def test_one_who_waits_is_woken_for_what_is_put_back() -> None:
+    lanes: Lanes[int] = Lanes(1)
+    lanes.put(1, 0)
+    taken = lanes.get_several(8, 1, lambda _: 1, 8)
+    got: list[int] = []
+    thread = threading.Thread(target=lambda: got.append(lanes.get()))
+    thread.start()
+    lanes.put_back(taken, 0)
+    thread.join(5)
+    assert got == [1]

@@ -71,11 +71,17 @@ class Decoder:
         self.gate = threading.Event()
         self.gate.set()
         self.decoded: list[str] = []
+        self.turns: list[int] = []
         self.threads = 2
 
+    def takes(self, index: int) -> int:
+        return 3
+
     def decode_several(self, several: list[Fetched], index: int) -> list[Decoded | ItemError]:
+        """The first two at most."""
         self.gate.wait(10)
-        return [self._decode(fetched) for fetched in several]
+        self.turns.append(len(several))
+        return [self._decode(fetched) for fetched in several[:2]]
 
     def _decode(self, fetched: Fetched) -> Decoded | ItemError:
         self.decoded.append(fetched.item.event.event_id)
@@ -215,6 +221,22 @@ def test_identical_images_are_inferred_once(house: House) -> None:
     house.settle()
     assert len(house.decoder.decoded) == 1
     assert house.publisher.verdicts[-1]["cache"] == "hit"
+
+
+def test_images_that_wait_go_to_the_decoder_together_and_what_it_leaves_goes_again(house: House) -> None:
+    house.decoder.gate.clear()
+    names = [f"event-{number}" for number in range(12)]
+    for name in names:
+        house.send(name, f"https://a.example/{name}{'-corrupt' if name == 'event-5' else ''}")
+    time.sleep(0.2)
+    house.decoder.gate.set()
+    house.settle()
+    assert sorted(house.decoder.decoded) == sorted(names), "each once"
+    assert max(house.decoder.turns) == 3
+    assert {verdict["event_id"]: verdict["reason"] for verdict in house.publisher.verdicts} == {
+        name: "decode.corrupt" if name == "event-5" else None for name in names
+    }
+    assert (house.budget.events, house.budget.bytes) == (0, 0)
 
 
 def test_identical_broken_images_fail_together(house: House) -> None:

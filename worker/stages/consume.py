@@ -26,6 +26,7 @@ from worker.kafka_clients import describe, open_consumer
 from worker.kafka_workarounds import before_poll, forget_owned
 from worker.ledger import Ledger, Partition
 from worker.settings import KafkaSettings
+from worker.stages.pacing import Pacing
 
 if TYPE_CHECKING:
     from kafka.coordinator.base import ConsumerGroupMetadata
@@ -39,17 +40,6 @@ REVOKE_COMMIT_S = 5.0
 IDLE_ADVANCE_S = 2.0
 ERROR_PAUSE_S = 0.2
 COMPLAIN_INTERVAL_S = 10.0
-COMMIT_RECORDS = 64
-"""So many finished records are committed before `COMMIT_INTERVAL_MS` has passed, …"""
-MIN_COMMIT_INTERVAL_S = 0.05
-"""… but not within so little after the commit before: one costs as much as a few records."""
-READ_INTERVAL_S = 0.02
-"""After a read that found a few records the next one comes no sooner. Every answer of a broker, however small, costs it and this
-process as much as the handling of several records: without the rest, records that trickle in cost up to twice as much as a
-backlog, and two processes fill two cores at half of what they carry."""
-FEW_RECORDS = 64
-FEW_BYTES = 1 << 20
-"""A read of as many records or bytes is no trickle."""
 
 REFUSALS = (
     kafka_errors.AuthorizationError,
@@ -122,8 +112,7 @@ class Consumer:
         self._quiet_until: dict[str, float] = {}
         self._closing: Deadline | None = None
         self._advanced = self._clock.monotonic()
-        self._rests_until = self._committed_at = 0.0
-        self._finished_then = 0
+        self._pacing = Pacing(settings.commit_interval_ms / 1000)
         self._raw: KafkaConsumer = open_consumer(settings)
         chosen = list(topics) if topics is not None else [*settings.upload_topics, settings.retry_topic]
         self._raw.subscribe(topics=chosen, listener=_Listener(self))
@@ -147,27 +136,23 @@ class Consumer:
             if not records:
                 self._wake.wait(timeout_s)
             return records
-        self._rest(timeout_s)
+        if rest_s := min(self._pacing.rest_s(self._clock.monotonic()), timeout_s):
+            self._clock.sleep(rest_s)
         records = self._read(timeout_s, room)
-        if 0 < len(records) < min(room, FEW_RECORDS) and self._is_trickle(records):
-            self._rests_until = self._clock.monotonic() + READ_INTERVAL_S
+        if records:
+            size_bytes = sum(record.size_bytes for record in records)
+            more = len(records) == room or self._lags_behind(records)
+            self._pacing.has_read(self._clock.monotonic(), len(records), size_bytes, more=more)
         return records
 
-    def _is_trickle(self, records: list[Record]) -> bool:
-        """Whether these few are all there was when the broker answered: of a backlog the next are wanted at once."""
+    def _lags_behind(self, records: list[Record]) -> bool:
+        """Whether there was more behind these when the broker answered; no round trip."""
         last = {(record.position.topic, record.position.partition): record.position.offset for record in records}
         try:
             ends = [(offset, self._raw.highwater(TopicPartition(*partition))) for partition, offset in last.items()]
         except kafka_errors.KafkaError:
-            return False  # the assignment is about to change
-        caught_up = all(end is not None and end - offset <= 2 for offset, end in ends)  # a transaction's marker may be the last
-        return caught_up and sum(record.size_bytes for record in records) < FEW_BYTES
-
-    def _rest(self, at_most_s: float) -> None:
-        """Let records gather after a read that found only a few; see `READ_INTERVAL_S`."""
-        left = min(self._rests_until - self._clock.monotonic(), at_most_s)
-        if left > 0:
-            self._clock.sleep(left)
+            return True  # the assignment is about to change: nobody knows
+        return any(end is None or end - offset > 2 for offset, end in ends)  # a transaction's marker may be the last
 
     def hold(self, topic: str, on: bool) -> None:
         """Pause a topic (the retry topic while too many records wait for their time), or let it go on."""
@@ -266,11 +251,8 @@ class Consumer:
 
     # --------------------------------------------------------------- committing
     def commit_if_due(self) -> None:
-        """Commit every `COMMIT_INTERVAL_MS`, and sooner where many records would be read again if this process died."""
-        now, finished = self._clock.monotonic(), self._ledger.finished_in_all
-        many = finished - self._finished_then >= COMMIT_RECORDS and now >= self._committed_at + MIN_COMMIT_INTERVAL_S
-        if many or now >= self._committed_at + self._settings.commit_interval_ms / 1000:
-            self._committed_at, self._finished_then = now, finished
+        """Commit when `Pacing` says so."""
+        if self._pacing.commits(self._clock.monotonic(), self._ledger.finished_in_all):
             self.advance_idle()
             self.commit()
 

@@ -136,36 +136,34 @@ class Decoder:
                 attempt += 1
         raise ItemError(Code.DECODE_CRASHED, f"the decoder process died {ATTEMPTS} times on this image: {problem}")
 
-    def decode_several(self, several: Sequence[Fetched], index: int) -> list[Decoded | ItemError]:
-        """Decode images on process `index` with as few turns of the two processes as possible.
+    def takes(self, index: int) -> int:
+        """How many images `decode_several` may be given for process `index`: one after trouble, or without processes."""
+        return 1 if not self._children or self._alone[index] else decode_process.MAX_GROUP
 
-        A process that dies or takes too long over a group is replaced; nobody is blamed for it, and this group and the next
-        `ALONE_AFTER` images go one by one, as with `decode`, which finds the guilty one.
+    def decode_several(self, several: Sequence[Fetched], index: int) -> list[Decoded | ItemError]:
+        """Decode the first of these images, or more, on process `index`: what the process answers for in one turn.
+
+        A process that dies or takes too long over several is replaced, and nobody is blamed for it: this time only the first
+        image is decoded, and `ALONE_AFTER` go one by one, as with `decode`, which finds the guilty one. The others may go to
+        any process: none waits for a neighbour that hangs.
 
         Args:
             several: images that have room in the shared memory together, `MAX_GROUP` at most, or any single one.
 
         Returns:
-            For each image, in order, what `decode` would return or raise.
+            For each of the first images, in order, what `decode` would return or raise; at least one.
 
         Raises:
             StaleItemError, DependencyError: as `decode`.
         """
-        outcomes: list[Decoded | ItemError] = []
-        while len(several) - len(outcomes) > 1 and self._children and not self._alone[index]:
-            outcomes += self._decode_group(several[len(outcomes) :], index)
-        for fetched in several[len(outcomes) :]:
-            outcomes.append(self.decode_or_error(fetched, index))
-            if self._children:
-                self._alone[index] = max(0, self._alone[index] - 1)
-        return outcomes
-
-    def decode_or_error(self, fetched: Fetched, index: int) -> Decoded | ItemError:
-        """As `decode`, with the image's error returned."""
+        if len(several) > 1 and self.takes(index) > 1 and (outcomes := self._decode_group(several, index)):
+            return outcomes
+        if self._children:
+            self._alone[index] = max(0, self._alone[index] - 1)
         try:
-            return self.decode(fetched, index)
+            return [self.decode(several[0], index)]
         except ItemError as error:
-            return error
+            return [error]
 
     def _decode_group(self, group: Sequence[Fetched], index: int) -> list[Decoded | ItemError]:
         """What the first of these images, or more, come to; none of them where the process did not come through."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import structlog
 
@@ -64,13 +64,9 @@ class GpuFirstDecoder(decode.Decoder):
         decoded = self.gpu.decode(fetched) if sniff(fetched.data) == JPEG else None
         return super().decode(fetched, index) if decoded is None else decoded
 
-    def decode_several(self, several: Sequence[Fetched], index: int) -> list[Decoded | ItemError]:
-        """As `Decoder.decode_several`; one by one while the GPU process takes images."""
-        return (
-            [self.decode_or_error(fetched, index) for fetched in several]
-            if self.gpu.in_service
-            else super().decode_several(several, index)
-        )
+    def takes(self, index: int) -> int:
+        """As `Decoder.takes`; one while the GPU process takes images."""
+        return 1 if self.gpu.in_service else super().takes(index)
 
     def close(self, deadline: Deadline) -> None:
         """End all processes. Safe to call twice."""

@@ -19,20 +19,13 @@ from tests.worker.fake_clock import FakeClock
 from tests.worker.kafka_topics import committed, log_ends, prepare, produce, until
 from worker.clock import Deadline
 from worker.errors import DependencyError
-from worker.items import Position, Record
+from worker.items import Record
 from worker.kafka_clients import open_producer
 from worker.ledger import Ledger, Partition
 from worker.settings import KafkaSettings
 from worker.stages import consume
-from worker.stages.consume import (
-    COMMIT_RECORDS,
-    FEW_BYTES,
-    FEW_RECORDS,
-    READ_INTERVAL_S,
-    Consumer,
-    ConsumerObserver,
-    UnreadableRecord,
-)
+from worker.stages.consume import Consumer, ConsumerObserver, UnreadableRecord
+from worker.stages.pacing import READ_INTERVAL_S
 
 pytestmark = pytest.mark.broker
 
@@ -168,33 +161,6 @@ def test_an_unfinished_record_holds_back_the_commit_of_those_behind_it(kafka_set
     assert committed(settings, topic) == {0: 10}
 
 
-def test_commits_come_in_their_interval_and_sooner_where_much_is_finished(
-    kafka_settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with member(prepare(kafka_settings(commit_interval_ms=200))) as one:
-        clock = one.consumer._clock = FakeClock()
-        commits: list[float] = []
-        monkeypatch.setattr(one.consumer, "advance_idle", lambda: None)
-        monkeypatch.setattr(one.consumer, "commit", lambda: commits.append(clock.monotonic()))
-        one.ledger.assign([("uploads", 0)])
-
-        def turn(after_s: float, finished: int = 0) -> int:
-            """Commits so far, once these records were finished and this time has passed."""
-            clock.advance(after_s)
-            for _ in range(finished):
-                one.ledger.finish(one.ledger.track("uploads", 0, one.ledger.finished_in_all))
-            one.consumer.commit_if_due()
-            return len(commits)
-
-        assert turn(1) == 1
-        assert turn(0.1, COMMIT_RECORDS - 1) == 1
-        assert turn(0.11) == 2, "the interval is over"
-        assert turn(0.06, COMMIT_RECORDS - 1) == 2
-        assert turn(0.01, 1) == 3, "many are finished"
-        assert turn(0.03, 10 * COMMIT_RECORDS) == 3, "the last was a moment ago"
-        assert turn(0.03) == 4
-
-
 def test_closing_without_a_commit_leaves_everything_to_the_next(kafka_settings: Settings) -> None:
     settings = prepare(kafka_settings())
     produce(settings, settings.upload_topics[0], values(20))
@@ -223,35 +189,26 @@ def test_no_room_keeps_polling_and_wakes_at_once(kafka_settings: Settings) -> No
         assert one.consumer.paused_partitions == 0
 
 
-def test_a_read_after_one_that_found_a_few_records_waits_for_company(
-    kafka_settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with member(prepare(kafka_settings())) as one:
+def test_a_read_after_one_that_found_all_there_was_waits_for_company(kafka_settings: Settings) -> None:
+    settings = prepare(kafka_settings())
+    topic = settings.upload_topics[0]
+    with member(settings) as one:
         one.join()
         clock = one.consumer._clock = FakeClock()
-        found: list[Record] = []
-        ends = [1]
-        monkeypatch.setattr(one.consumer, "_read", lambda timeout_s, most: found[:most])
-        monkeypatch.setattr(one.consumer._raw, "highwater", lambda partition: ends[0])
 
-        def rested(records: int, size: int = 100, room: int = 256, timeout_s: float = 0.1, end: int = 1) -> float:
-            """Seconds before the read that follows one of these records, all at offset 0."""
-            clock.advance(1)
-            ends[0] = end
-            found[:] = [Record(Position("image.uploads", 0, 0, 1), None, bytes(size), (), 0)] * records
-            one.consumer.poll(room, 0.1)
+        def rested(room: int = 256) -> float:
             before = clock.monotonic()
-            one.consumer.poll(room, timeout_s)
+            one.step(room)
             return clock.monotonic() - before
 
-        assert rested(0) == 0, "an idle worker is there at once"
-        assert rested(1) == pytest.approx(READ_INTERVAL_S, rel=0.01)
-        assert rested(1, timeout_s=0.005) == pytest.approx(0.005, rel=0.01)
-        assert rested(FEW_RECORDS - 1) == pytest.approx(READ_INTERVAL_S, rel=0.01)
-        assert rested(FEW_RECORDS) == 0
-        assert rested(20, room=20) == 0, "more may be there"
-        assert rested(4, size=FEW_BYTES // 4) == 0
-        assert rested(1, end=50) == 0, "the next ones are there"
+        produce(settings, topic, [b"upload"])
+        until(lambda: len(one.seen) == 1, one.step)
+        assert rested() == pytest.approx(READ_INTERVAL_S, rel=0.01)
+        assert rested() == 0, "it found nothing: an idle worker is there at once"
+        produce(settings, topic, values(30))
+        until(lambda: len(one.seen) > 1, lambda: one.step(2))
+        while len(one.seen) < 29:
+            assert rested(2) == 0, "more is there"
 
 
 def test_a_held_topic_waits_while_the_others_are_read(kafka_settings: Settings) -> None:

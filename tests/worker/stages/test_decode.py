@@ -22,7 +22,7 @@ from engine import images
 from tests.engine import hostile_images
 from worker.clock import Deadline
 from worker.errors import Code, DependencyError, ItemError, StaleItemError
-from worker.items import Delivery, Event, Fetched, Item, Position, Record, Timings
+from worker.items import Decoded, Delivery, Event, Fetched, Item, Position, Record, Timings
 from worker.settings import DecodeSettings
 from worker.stages.decode import ALONE_AFTER, Decoder
 from worker.stages.decode_child import Child
@@ -111,10 +111,19 @@ def test_an_image_whose_decoder_died_by_chance_succeeds_at_the_second_try(decode
     assert decoded.info.format == "PNG"
 
 
+def decoded_together(decoder: Decoder, several: list[bytes], index: int = 0) -> list[Decoded | ItemError]:
+    """Each, in as many turns as it takes."""
+    found: list[Decoded | ItemError] = []
+    while left := several[len(found) :]:
+        took = decoder.decode_several([fetched(data) for data in left[: decoder.takes(index)]], index)
+        assert took
+        found += took
+    return found
+
+
 def outcomes(decoder: Decoder, several: list[bytes], index: int = 0) -> list[str]:
     """Format or code of each."""
-    found = decoder.decode_several([fetched(data) for data in several], index)
-    return [str(one.code) if isinstance(one, ItemError) else one.info.format for one in found]
+    return [str(one.code) if isinstance(one, ItemError) else one.info.format for one in decoded_together(decoder, several, index)]
 
 
 @pytest.fixture
@@ -143,7 +152,7 @@ def turns(fresh: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_several_images_come_to_what_each_alone_comes_to(fresh: Decoder, turns: list[int]) -> None:
     pictures = [png(200 + 30 * number, 230, compress_level=1) for number in range(5)]
     several = [*pictures[:2], b"GIF89a", pictures[2], b"%PDF-1.7", *pictures[3:]]
-    found = fresh.decode_several([fetched(data) for data in several], 0)
+    found = decoded_together(fresh, several)
     for data, one in zip(several, found, strict=True):
         if isinstance(one, ItemError):
             assert code_of(fresh, data) == one.code
@@ -160,14 +169,14 @@ def test_crops_without_room_beside_the_others_come_with_the_next_turn(fresh: Dec
     frames = [PIL.Image.new("RGB", (300, 300), (number * 60, 0, 0)) for number in range(4)]
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
     several = [out.getvalue()] * 4  # of 20 crops each: 3 MB, of which the shared memory takes two
-    found = fresh.decode_several([fetched(data) for data in several], 0)
+    found = decoded_together(fresh, several)
     assert [None if isinstance(one, ItemError) else len(one.crops) for one in found] == [20] * 4
     assert turns == [4, 2]
     assert fresh.restarts == 0
 
 
 def test_images_that_are_slow_do_not_wait_for_each_other(fresh: Decoder, turns: list[int]) -> None:
-    found = fresh.decode_several([fetched(b"slow 0.03")] * 4, 0)
+    found = decoded_together(fresh, [b"slow 0.03"] * 4)
     assert all(not isinstance(one, ItemError) for one in found)
     assert turns == [4, 3, 2, 1]
 

@@ -18,7 +18,7 @@ from engine.backends import create
 from engine.detector import Detector
 from tests.engine.bundles import random_bundle
 from tests.engine.test_jpeg_region import encode, picture
-from tests.worker.stages.test_decode import fetched, png
+from tests.worker.stages.test_decode import decoded_together, fetched, png
 from worker.clock import Deadline
 from worker.engines import EngineLoader, engine_of
 from worker.errors import Code, ItemError
@@ -88,7 +88,8 @@ def test_damage_is_the_safe_decoder_s_to_tell(ready: GpuFirstDecoder) -> None:
 
 
 def test_several_images_go_by_the_gpu_while_it_takes_them(ready: GpuFirstDecoder) -> None:
-    found = ready.decode_several([fetched(data) for data in (JPEG, png(), b"GIF89a", JPEG)], 0)
+    assert ready.takes(0) == 1
+    found = decoded_together(ready, [JPEG, png(), b"GIF89a", JPEG])
     kinds = [str(one.code) if isinstance(one, ItemError) else one.info.format for one in found]
     assert kinds == ["JPEG", "PNG", "decode.corrupt", "JPEG"]
     expected = images.read_crops(JPEG, images.Limits(10**8)).crops
